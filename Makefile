@@ -1,0 +1,45 @@
+# `make run` and `make test` set up what they need in .venv; nothing but Python 3.11 or newer has to be there.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS = 1
+
+.PHONY: run test test-fast check format bench config clean
+
+run: .venv/installed
+	$(BIN)/fedkd compare fedavg fedavg_ft fedgen --engine simulation --seeds 1,2,3 --out runs/digits
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed
+	$(BIN)/python -m bench
+
+config: .venv/installed
+	$(BIN)/python -m sims.defaults
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/pip:
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/pip pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,138 @@
+"""The Flower ClientApp: a node that hosts many clients, the same for every method.
+
+A ``train`` message brings the broadcast once and the numbers of the clients this node shall train; the reply holds
+their stacked updates and one row of metrics per client.  An ``evaluate`` message is answered by one row per client.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients.training import Job, Models, Predictor
+from fedkd import protocol
+from fedkd.config import Config
+from fedkd.data import Shard, federate
+from fedkd.device import pick_device, single_thread
+from fedkd.losses import cross_entropy
+from fedkd.method import load
+from fedkd.payload import Record, pack, unpack
+from fedkd.results import run_folder
+from fedkd.setup import Setup
+from fedkd.state import ClientStore
+
+app = ClientApp()
+
+EVALUATION_BATCH = 1024
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the clients that the message names and return their updates."""
+    worker = _worker(context)
+    order = protocol.read_order(message)
+    broadcast = worker.broadcast(message)
+    updates, rows = [], []
+    for client in order.clients:
+        began = time.perf_counter()
+        state = worker.state(client, before_round=order.round)
+        job = worker.job(order.round, client)
+        update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
+        update.check(worker.setup.sizes, f"client {client}")
+        if new_state is not None:
+            worker.store.save(new_state, client, order.round)
+        updates.append(update)
+        row: dict[str, Any] = {"client": client, "examples": len(worker.shard(client, "train"))}
+        for name, (total, weight) in metrics.items():
+            row[f"{name}_sum"], row[f"{name}_weight"] = total, weight
+        rows.append(row | {"seconds": time.perf_counter() - began})
+    return Message(protocol.reply(rows, updates=pack(updates)), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the clients that the message names on their own test data."""
+    worker = _worker(context)
+    order = protocol.read_order(message)
+    broadcast = worker.broadcast(message)
+    rows = []
+    for client in order.clients:
+        state = worker.state(client, before_round=order.round + 1)
+        test = worker.shard(client, "test")
+        models: Models = worker.half.models(
+            worker.job(order.round, client), broadcast, state, worker.shard(client, "train")
+        )
+        row: dict[str, Any] = {"client": client, "total": len(test)}
+        for kind, model in (("global", models.shared), ("personal", models.personal)):
+            if model is not None:
+                row[f"{kind}_correct"], row[f"{kind}_loss_sum"] = _score(model, test)
+        rows.append(row)
+    return Message(protocol.reply(rows), reply_to=message)
+
+
+def _score(model: Callable[[], Predictor], test: Shard) -> tuple[int, float]:
+    """Return the number of correct predictions and the summed cross-entropy."""
+    predict = model()
+    correct, loss = 0, 0.0
+    for start in range(0, len(test), EVALUATION_BATCH):
+        x, y = test.batch(slice(start, start + EVALUATION_BATCH))
+        logits = predict(x)
+        correct += int((logits.argmax(dim=1) == y).sum())
+        loss += float(cross_entropy(logits, y).sum())
+    return correct, loss
+
+
+class Worker:
+    """What a process keeps between messages: data, workspaces and the client half; nothing that a result depends on."""
+
+    def __init__(self, config: Config, run_id: int) -> None:
+        self.config = config
+        self.method = load(config.run.method)
+        self.half = importlib.import_module(f"clients.{self.method.name}")
+        self.device = pick_device(config.run.device)
+        self.data = federate(config)
+        self.setup = Setup.build(config, self.data.images.shape, self.data.classes, self.device)
+        self.store = ClientStore(run_folder(config, run_id) / "state")
+        self.initial = self.setup.model.parameters.clone()
+        self.shard = lru_cache(maxsize=None)(self._shard)
+
+    def _shard(self, client: int, split: str) -> Shard:
+        return self.data.shard(client, split, self.device)
+
+    def broadcast(self, message: Message) -> Record:
+        """Return the message's broadcast, checked, on the device."""
+        return unpack(self.method.Broadcast, protocol.arrays(message, "broadcast"), self.setup.sizes, ["the server"])[0]
+
+    def state(self, client: int, before_round: int) -> Record | None:
+        """Return what the client kept, or None."""
+        return self.store.load(self.method.State, client, before_round, self.setup.sizes)
+
+    def job(self, round: int, client: int) -> Job:
+        """Return a client's job in a round."""
+        return Job(
+            config=self.config,
+            model=self.setup.model,
+            streams=self.setup.streams,
+            round=round,
+            client=client,
+            initial_parameters=self.initial,
+            extras=self.setup.extras,
+        )
+
+
+def _worker(context: Context) -> Worker:
+    """Return this process's worker for the run's configuration (one is kept at a time)."""
+    single_thread()
+    return _worker_for(json.dumps(dict(context.run_config), sort_keys=True), context.run_id)
+
+
+@lru_cache(maxsize=1)
+def _worker_for(flat: str, run_id: int) -> Worker:
+    return Worker(Config.from_flat(json.loads(flat)), run_id)

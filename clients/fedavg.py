@@ -1,0 +1,48 @@
+"""FedAvg, client half: local SGD from the global model (McMahan et al. 2017, Algorithm 1, ClientUpdate)."""
+
+from __future__ import annotations
+
+import torch
+
+from clients.training import SGD, Job, Mean, Models, Outcome, Predictor
+from fedkd.data import Shard
+from fedkd.losses import cross_entropy
+from fedkd.methods.fedavg import Broadcast, State, Update
+
+
+def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
+    """``theta_k <- theta; theta_k <- theta_k - lr * grad CE`` over the local batches; send ``theta_k``."""
+    sgd, loss = start(job, broadcast, state), Mean()
+    for x, y in job.batches(shard):
+        sgd.step(loss.add(cross_entropy(job.model(x), y)))
+    return finish(job, shard, loss)
+
+
+def start(job: Job, broadcast: Broadcast, state: State | None) -> SGD:
+    """Load the global model, in training mode, and return the optimiser of this participation."""
+    job.load(broadcast.parameters, broadcast.statistics, state.statistics if state else None)
+    job.model.module.train()
+    return SGD(job, job.learning_rate(int(state.last_round) if state else 0))
+
+
+def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
+    """Collect the trained workspace into FedAvg's update and state."""
+    return Outcome(
+        update=Update(
+            parameters=job.model.parameters.clone(),
+            statistics=job.shared_statistics(),
+            examples=torch.tensor(len(shard)),
+        ),
+        state=State(statistics=job.model.statistics.clone(), last_round=torch.tensor(job.round)),
+        metrics={"loss": loss.metric()},
+    )
+
+
+def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Models:
+    """One model for all: the global one, with this client's statistics when those are personal."""
+
+    def shared() -> Predictor:
+        job.load(broadcast.parameters, broadcast.statistics, state.statistics if state else None)
+        return job.predictor()
+
+    return Models(shared=shared, personal=None)

@@ -1,0 +1,45 @@
+"""No federation, client half: local SGD on the client's own model."""
+
+from __future__ import annotations
+
+import torch
+
+from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, initial_statistics
+from fedkd.data import Shard
+from fedkd.losses import cross_entropy
+from fedkd.methods.local import Broadcast, State, Update
+
+
+def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
+    """``theta_k <- theta_k - lr * grad CE`` over the local batches; nothing but a count is sent."""
+    _load(job, state)
+    job.model.module.train()
+    sgd, loss = SGD(job, job.learning_rate(int(state.last_round) if state else 0)), Mean()
+    for x, y in job.batches(shard):
+        sgd.step(loss.add(cross_entropy(job.model(x), y)))
+    return Outcome(
+        update=Update(examples=torch.tensor(len(shard))),
+        state=State(
+            parameters=job.model.parameters.clone(),
+            statistics=job.model.statistics.clone(),
+            last_round=torch.tensor(job.round),
+        ),
+        metrics={"loss": loss.metric()},
+    )
+
+
+def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Models:
+    """The client's own model; there is no global one."""
+
+    def personal() -> Predictor:
+        _load(job, state)
+        return job.predictor()
+
+    return Models(shared=None, personal=personal)
+
+
+def _load(job: Job, state: State | None) -> None:
+    if state is None:
+        job.model.load(job.initial_parameters, initial_statistics(job.model))
+    else:
+        job.model.load(state.parameters, state.statistics)

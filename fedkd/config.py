@@ -1,0 +1,258 @@
+"""The configuration of a run: typed sections of flat ``section.key`` scalars.
+
+The same keys stand in ``pyproject.toml`` (``[tool.flwr.app.config]``, what ``flwr run`` offers), on the command line
+(``--set section.key=value``) and in ``config.toml`` of every run.  Every key has a default here and nowhere else; a
+test compares ``pyproject.toml`` with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedkd.errors import UserError, nearest
+
+Scalar = str | int | float | bool
+
+
+class Section(BaseModel):
+    """A group of settings.  Field names are written with hyphens outside Python."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+    )
+
+
+class HyperParameters(Section):
+    """Base of a method's own settings; its section has the method's name."""
+
+
+class RunSection(Section):
+    """Who takes part, for how long, and where the results go."""
+
+    method: str = Field("fedgen", description="registered name of the method (`fedkd methods` lists them)")
+    seed: int = Field(1, ge=0, description="seed of every random stream of the run")
+    rounds: int = Field(50, ge=1, description="communication rounds")
+    clients: int = Field(20, ge=1, description="number of clients")
+    clients_per_round: int = Field(10, ge=0, description="clients sampled per round, without replacement; 0 means all")
+    eval_every: int = Field(1, ge=1, description="rounds between evaluations of all clients; the last is always scored")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
+    dir: str = Field(
+        "", description="absolute folder of the results; empty: a new one under $FEDKD_RUNS or ~/fedkd-runs"
+    )
+
+    @model_validator(mode="after")
+    def _cohort(self) -> Self:
+        if self.clients_per_round > self.clients:
+            raise ValueError(
+                f"run.clients-per-round = {self.clients_per_round} is more than run.clients = {self.clients}; "
+                "lower it, or set 0 for all"
+            )
+        return self
+
+    @property
+    def cohort(self) -> int:
+        """Number of clients sampled in a round."""
+        return self.clients_per_round or self.clients
+
+
+class DataSection(Section):
+    """Which images, who holds them, and how a client's test data is chosen."""
+
+    name: str = Field("digits", description="digits, mnist, fashion_mnist, cifar10, cifar100, femnist, or a hub name")
+    root: str = Field("", description="local folder with the data (Parquet or idx); empty: the hub, when it is needed")
+    partition: Literal["iid", "dirichlet", "pathological", "natural", "fedgen"] = Field(
+        "dirichlet", description="fedgen is the Dirichlet recipe of FedGen's authors, replayed with data.seed"
+    )
+    alpha: float = Field(0.1, gt=0, description="Dirichlet concentration: smaller is more skewed")
+    classes_per_client: int = Field(2, ge=1, description="classes per client of the pathological partition")
+    min_size: int = Field(10, ge=1, description="fewest examples a client may hold (Dirichlet)")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the training data that is dealt out")
+    test: Literal["pooled", "own-labels"] = Field(
+        "pooled",
+        description="pooled: train and test pooled, each client re-split; own-labels: official test set by own labels",
+    )
+    test_fraction: float = Field(0.25, gt=0, lt=1, description="a client's test share under the pooled protocol")
+    scaling: Literal["symmetric", "standard", "unit"] = Field(
+        "symmetric", description="pixels to [-1, 1], to mean 0 and deviation 1 of the data set, or to [0, 1]"
+    )
+    seed: int = Field(-1, ge=-1, description="seed of the partition; -1: the run's seed")
+
+
+class ModelSection(Section):
+    """The model and its normalisation."""
+
+    name: str = Field(
+        "auto",
+        description="auto (fedgen_cnn, or mlp for images under 16 pixels), fedgen_cnn, fedavg_cnn, "
+        "lenet5, mlp, resnet18",
+    )
+    norm: Literal["auto", "batch", "group"] = Field(
+        "auto",
+        description="normalisation, where the model has one; auto: the model's own (resnet18: group, else batch)",
+    )
+    norm_statistics: Literal["personal", "averaged"] = Field(
+        "personal", description="BatchNorm running statistics stay with the client, or are averaged like parameters"
+    )
+    hidden: int = Field(64, ge=1, description="hidden width of the mlp")
+
+
+class TrainSection(Section):
+    """Local training, the same for every method: plain SGD."""
+
+    lr: float = Field(0.05, gt=0, description="learning rate of local SGD")
+    batch_size: int = Field(32, ge=1, description="examples per step; a smaller client uses all it has")
+    local_steps: int = Field(20, ge=0, description="SGD steps per participation; 0: use local-epochs")
+    local_epochs: int = Field(1, ge=1, description="passes over the local data when local-steps is 0")
+    last_batch: Literal["keep", "drop"] = Field("keep", description="an incomplete last batch of a pass is used or not")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of local SGD, fresh at each participation")
+    weight_decay: float = Field(0.0, ge=0, description="L2 coefficient added to the gradient")
+    lr_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per round")
+    lr_decay_from: Literal["round", "last-participation"] = Field(
+        "round",
+        description="exponent of lr-decay: the current round, or (FedGen's authors) the client's previous one",
+    )
+
+
+class Config(BaseModel):
+    """A whole configuration: the common sections and the section of the method that runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: RunSection
+    data: DataSection
+    model: ModelSection
+    train: TrainSection
+    hyper: HyperParameters
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Scalar]) -> Config:
+        """Build a configuration from ``section.key`` scalars; keys that are not given have their defaults.
+
+        Sections of other registered methods are checked for their names and left out.
+
+        Raises:
+            UserError: an unknown key (with the nearest right one), a wrong type, or a value out of range.
+        """
+        from fedkd.method import load, names
+
+        method = load(str(flat.get("run.method", RunSection().method)))
+        known = set(defaults())
+        sections: dict[str, dict[str, Scalar]] = {name: {} for name in (*_COMMON, method.name)}
+        for key, value in flat.items():
+            if key not in known:
+                raise UserError(f"unknown key '{key}'{nearest(key, known)} (`fedkd show --keys` lists all)")
+            section, name = key.split(".", 1)
+            if section in sections:
+                sections[section][name] = value
+            elif section not in names():  # pragma: no cover - defaults() holds no other section
+                raise UserError(f"unknown section '{section}'")
+        parsed: dict[str, Section] = {}
+        for section, kind in {**_COMMON, method.name: method.hyper}.items():
+            try:
+                parsed[section] = kind.model_validate(sections[section])
+            except ValidationError as error:
+                raise UserError(_first_line(section, error)) from None
+        return cls(hyper=parsed.pop(method.name), **parsed)
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return every setting that matters to this run as ``section.key`` scalars."""
+        out: dict[str, Scalar] = {}
+        for section in _COMMON:
+            out |= _flatten(section, getattr(self, section))
+        return out | _flatten(self.run.method, self.hyper)
+
+    def toml(self) -> str:
+        """Return the configuration as TOML, one table per section."""
+        tables: dict[str, dict[str, Scalar]] = {}
+        for key, value in self.flat().items():
+            section, name = key.split(".", 1)
+            tables.setdefault(section, {})[name] = value
+        return tomli_w.dumps(tables)
+
+    def digest(self) -> str:
+        """Return a short hash of every setting but the folder of the results."""
+        flat = {k: v for k, v in self.flat().items() if k != "run.dir"}
+        return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the partition."""
+        return self.run.seed if self.data.seed < 0 else self.data.seed
+
+
+_COMMON: dict[str, type[Section]] = {
+    "run": RunSection,
+    "data": DataSection,
+    "model": ModelSection,
+    "train": TrainSection,
+}
+
+
+def _flatten(section: str, values: Section) -> dict[str, Scalar]:
+    return {f"{section}.{name}": value for name, value in values.model_dump(by_alias=True).items()}
+
+
+def defaults() -> dict[str, Scalar]:
+    """Return every key there is, of all sections and all methods, with its default."""
+    from fedkd.method import load, names
+
+    out: dict[str, Scalar] = {}
+    for section, kind in _COMMON.items():
+        out |= _flatten(section, kind())
+    for name in names():
+        out |= _flatten(name, load(name).hyper())
+    return out
+
+
+def descriptions() -> dict[str, str]:
+    """Return the one-line description of every key."""
+    from fedkd.method import load, names
+
+    kinds = {**_COMMON, **{name: load(name).hyper for name in names()}}
+    return {
+        f"{section}.{name.replace('_', '-')}": field.description or ""
+        for section, kind in kinds.items()
+        for name, field in kind.model_fields.items()
+    }
+
+
+def parse_assignment(text: str) -> tuple[str, Scalar]:
+    """Parse one ``section.key=value``; the value is a TOML scalar, and a bare word is a string.
+
+    Raises:
+        UserError: no ``=``, or a value that is not a scalar.
+    """
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"'{text}' is not an assignment; write section.key=value, e.g. train.lr=0.1")
+    try:
+        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    if not isinstance(value, (str, int, float, bool)):
+        raise UserError(f"'{key.strip()}' takes one scalar value, not {raw.strip()}")
+    return key.strip(), value
+
+
+def read_toml(path: Path) -> dict[str, Scalar]:
+    """Read a ``config.toml`` back into flat keys."""
+    tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+
+
+def _first_line(section: str, error: ValidationError) -> str:
+    """Say in one line what the first validation error is, with the key and the value as the user wrote them."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    key = f"{section}.{first['loc'][0]}".replace("_", "-") if section in _COMMON else f"{section}.{first['loc'][0]}"
+    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,223 @@
+"""A federated data set: each client's training and test images, as tensors that are scaled batch by batch."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedkd.config import Config
+from fedkd.data.images import Images, cache_root, load_images
+from fedkd.data.partition import partition
+from fedkd.errors import UserError
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images of one client, kept as bytes on the device; a batch is scaled when it is taken.
+
+    Args:
+        x: ``[n, channels, height, width]`` bytes.
+        y: ``[n]`` class indices.
+        shift: ``[channels, 1, 1]``, in bytes; taken off first.
+        scale: ``[channels, 1, 1]``; multiplied after.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(self, rows: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scaled images ``[batch, channels, height, width]`` float32 and classes ``[batch]``."""
+        x = self.x[rows].to(torch.float32).sub_(self.shift).mul_(self.scale)
+        return x, self.y[rows]
+
+    def class_counts(self, classes: int) -> torch.Tensor:
+        """Return the number of examples of each class ``[classes]``."""
+        return torch.bincount(self.y, minlength=classes).cpu()
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Who holds what.
+
+    Args:
+        images: the decoded data set.
+        train: for each client, positions in the pool of its training examples.
+        test: for each client, positions in the pool of its test examples.
+        scaling: pixel scaling, a name of ``data.scaling``.
+
+    The *pool* is the training set followed by the official test set.
+    """
+
+    images: Images
+    train: list[Integers]
+    test: list[Integers]
+    scaling: str
+
+    @property
+    def clients(self) -> int:
+        """Number of clients."""
+        return len(self.train)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.images.classes)
+
+    @cached_property
+    def labels(self) -> Integers:
+        """Class of every example of the pool."""
+        return np.concatenate([self.images.train_y, self.images.test_y])
+
+    def sizes(self) -> Integers:
+        """Number of training examples of each client."""
+        return np.array([len(rows) for rows in self.train], dtype=np.int64)
+
+    def class_counts(self, split: str = "train") -> Integers:
+        """Return ``[clients, classes]``: how many examples of a class a client holds in ``train`` or ``test``."""
+        rows = self.train if split == "train" else self.test
+        return np.stack([np.bincount(self.labels[r], minlength=self.classes) for r in rows]).astype(np.int64)
+
+    def shard(self, client: int, split: str, device: torch.device | str = "cpu") -> Shard:
+        """Return a client's ``train`` or ``test`` images on a device."""
+        rows = (self.train if split == "train" else self.test)[client]
+        cut = len(self.images.train_x)
+        x = np.concatenate([self.images.train_x[rows[rows < cut]], self.images.test_x[rows[rows >= cut] - cut]])
+        y = np.concatenate([self.images.train_y[rows[rows < cut]], self.images.test_y[rows[rows >= cut] - cut]])
+        channels, levels = self.images.shape[0], self.images.levels
+        mean, deviation = {
+            "symmetric": ((0.5,) * channels, (0.5,) * channels),
+            "standard": (self.images.mean, self.images.deviation),
+            "unit": ((0.0,) * channels, (1.0,) * channels),
+        }[self.scaling]
+        column = [-1, 1, 1]
+        return Shard(
+            x=torch.from_numpy(x).to(device),
+            y=torch.from_numpy(y).to(device),
+            shift=(torch.tensor(mean, dtype=torch.float32) * levels).reshape(column).to(device),
+            scale=(1 / (torch.tensor(deviation, dtype=torch.float32) * levels)).reshape(column).to(device),
+        )
+
+    def csv(self) -> str:
+        """Return the partition as CSV: client, split, examples, and one column of counts per class."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["client", "split", "examples", *(f"class_{name}" for name in self.images.classes)])
+        for split in ("train", "test"):
+            for client, counts in enumerate(self.class_counts(split)):
+                writer.writerow([client, split, int(counts.sum()), *map(int, counts)])
+        return text.getvalue()
+
+
+def federate(config: Config) -> FederatedData:
+    """Return the configured federated data set; the partition is computed once per machine and then read.
+
+    Raises:
+        UserError: data that cannot be read, or a partition that it does not allow.
+    """
+    data = config.data
+    images = load_images(data.name, data.root)
+    key = json.dumps(
+        [
+            _PARTITION_VERSION,
+            data.model_dump(exclude={"scaling", "root"}),
+            config.data_seed,
+            config.run.clients,
+            len(images.train_y),
+            len(images.test_y),
+            int(images.train_y[:100].sum()),
+        ],
+        sort_keys=True,
+    )
+    cached = cache_root() / "partitions" / f"{_short_hash(key)}.npz"
+    parts = _read(cached) if cached.exists() else None
+    if parts is None:
+        parts = _deal(config, images)
+        _write(cached, *parts)
+    return FederatedData(images, *parts, data.scaling)
+
+
+_PARTITION_VERSION = 1
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _deal(config: Config, images: Images) -> tuple[list[Integers], list[Integers]]:
+    data, clients, seed = config.data, config.run.clients, config.data_seed
+    if data.test == "own-labels":
+        if len(images.test_y) == 0:
+            raise UserError(
+                f"data.test = 'own-labels' needs an official test set, and '{data.name}' has none; "
+                "take data.test=pooled"
+            )
+        train = partition(data, images.train_y, images.train_writer, clients, seed)
+        return train, _own_label_test(images, train)
+    labels = np.concatenate([images.train_y, images.test_y])
+    writers = np.concatenate([images.train_writer, images.test_writer])
+    held = partition(data, labels, writers, clients, seed)
+    train, test = [], []
+    for client, rows in enumerate(held):
+        rng = np.random.default_rng([seed, client])
+        shuffled = rng.permutation(rows)
+        cut = min(max(1, round(len(rows) * data.test_fraction)), len(rows) - 1)
+        test.append(np.sort(shuffled[:cut]))
+        train.append(np.sort(shuffled[cut:]))
+    return train, test
+
+
+def _own_label_test(images: Images, train: list[Integers]) -> list[Integers]:
+    """Cut the official test set: of each class a client owns, ``floor(n_class / clients)`` images, no image twice."""
+    clients, offset = len(train), len(images.train_y)
+    by_class = [np.flatnonzero(images.test_y == c) for c in range(len(images.classes))]
+    given = [0] * len(by_class)
+    test = []
+    for rows in train:
+        mine = []
+        for label in np.unique(images.train_y[rows]):
+            share = len(by_class[label]) // clients
+            mine.append(by_class[label][given[label] : given[label] + share] + offset)
+            given[label] += share
+        test.append(np.sort(np.concatenate(mine)))
+    return test
+
+
+def _write(path: Path, train: list[Integers], test: list[Integers]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".part{os.getpid()}.npz")
+    np.savez(
+        part,
+        train=np.concatenate(train),
+        test=np.concatenate(test),
+        train_sizes=np.array([len(r) for r in train]),
+        test_sizes=np.array([len(r) for r in test]),
+    )
+    part.replace(path)
+
+
+def _read(path: Path) -> tuple[list[Integers], list[Integers]] | None:
+    """Read a cached partition; an unreadable file is as good as none."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return tuple(  # type: ignore[return-value]
+                np.split(saved[name], np.cumsum(saved[f"{name}_sizes"])[:-1]) for name in ("train", "test")
+            )
+    except (OSError, ValueError, KeyError):
+        return None

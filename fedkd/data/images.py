@@ -1,0 +1,318 @@
+"""Image data sets as arrays: found, decoded once, cached, and memory-mapped ever after.
+
+Sources, in this order: scikit-learn (``digits``); the folder ``data.root`` (Parquet in the schema that the Hugging
+Face hub serves, or the four idx files of MNIST and Fashion-MNIST, packed or not); Debian's ``dataset-fashion-mnist``;
+the hub.  The hub is asked only for a data set that the user named and that is found nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkd.errors import UserError, nearest
+
+Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
+
+_DECODER_VERSION = 1
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset-fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from and what its columns are called.
+
+    ``mean`` and ``deviation`` are per channel of the training set, pixels in [0, 1]; empty: computed when needed.
+    """
+
+    hub: str
+    image: str
+    label: str
+    writer: str = ""
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source("", "image", "label", mean=(0.3053,), deviation=(0.3761,)),
+    "mnist": Source("ylecun/mnist", "image", "label", mean=(0.1307,), deviation=(0.3081,)),
+    "fashion_mnist": Source("zalando-datasets/fashion_mnist", "image", "label", mean=(0.2860,), deviation=(0.3530,)),
+    "cifar10": Source(
+        "uoft-cs/cifar10", "img", "label", mean=(0.4914, 0.4822, 0.4465), deviation=(0.2470, 0.2435, 0.2616)
+    ),
+    "cifar100": Source(
+        "uoft-cs/cifar100", "img", "fine_label", mean=(0.5071, 0.4865, 0.4409), deviation=(0.2673, 0.2564, 0.2762)
+    ),
+    "femnist": Source("flwrlabs/femnist", "image", "character", writer="writer_id"),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A decoded data set.
+
+    Args:
+        name: its name.
+        train_x: ``[n, channels, height, width]`` bytes.
+        train_y: ``[n]`` class indices.
+        test_x: official test images; of length zero when there is no official test set.
+        test_y: their classes.
+        train_writer: ``[n]`` index of each image's writer, or of length zero.
+        test_writer: likewise.
+        classes: class names.
+        levels: largest possible byte: 255, and 16 for ``digits``.
+        mean: per channel, pixels in [0, 1].
+        deviation: per channel, pixels in [0, 1].
+    """
+
+    name: str
+    train_x: Bytes
+    train_y: Integers
+    test_x: Bytes
+    test_y: Integers
+    train_writer: Integers
+    test_writer: Integers
+    classes: tuple[str, ...]
+    levels: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(channels, height, width)``."""
+        return tuple(self.train_x.shape[1:])
+
+
+def load_images(name: str, root: str = "") -> Images:
+    """Return a data set, decoding it first if this machine has not seen it yet.
+
+    Args:
+        name: a name of :data:`SOURCES`, or a hub name ``owner/data``.
+        root: a local folder that holds it; empty: look in the usual places, then ask the hub.
+
+    Raises:
+        UserError: unknown name, a folder that cannot be read, or a hub that cannot be reached.
+    """
+    if name not in SOURCES and "/" not in name:
+        raise UserError(
+            f"unknown data set '{name}'{nearest(name, SOURCES)} (known: {', '.join(SOURCES)}, or a hub name owner/data)"
+        )
+    if name == "digits":
+        return _digits()
+    source = SOURCES.get(name, Source(name, "", ""))
+    folder = _folder(name, root)
+    if folder is not None:
+        key = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()]
+        place = str(folder.resolve())
+    else:
+        key, place = [], "hub"
+    cache = _cache_root() / (
+        f"{name.replace('/', '--')}-"
+        + hashlib.sha256(json.dumps([_DECODER_VERSION, place, key]).encode()).hexdigest()[:12]
+    )
+    if not (cache / "meta.json").exists():
+        with _filled(cache) as part:
+            _decode(name, source, folder, part)
+    return _open(name, source, cache)
+
+
+def cache_root() -> Path:
+    """Return the folder of decoded data: ``$FEDKD_CACHE``, or ``fedkd`` in the user's cache folder."""
+    return _cache_root()
+
+
+def _cache_root() -> Path:
+    if explicit := os.environ.get("FEDKD_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedkd"
+
+
+@contextlib.contextmanager
+def _filled(cache: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``cache`` when all went well; another process may win the race."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", dir=cache.parent))
+    try:
+        yield part
+        if not cache.exists():
+            with contextlib.suppress(OSError):
+                part.rename(cache)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _folder(name: str, root: str) -> Path | None:
+    """Return the local folder of a data set, or None when the hub has to be asked."""
+    if root:
+        base = Path(root).expanduser()
+        if not base.is_dir():
+            raise UserError(f"data.root = '{root}' is not a folder that can be read")
+        for folder in (base / name, base):
+            if folder.is_dir() and (list(folder.glob("train-*.parquet")) or list(folder.glob("train-images*"))):
+                return folder
+        raise UserError(
+            f"data.root = '{root}' holds neither train-*.parquet nor idx files, and no folder '{name}' that does"
+        )
+    if name == "fashion_mnist":
+        return next((f for f in _DEBIAN_FASHION_MNIST if f.is_dir()), None)
+    return None
+
+
+def _digits() -> Images:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    source = SOURCES["digits"]
+    none = np.zeros(0, dtype=np.int64)
+    return Images(
+        name="digits",
+        train_x=bunch.images.astype(np.uint8)[:, None],
+        train_y=bunch.target.astype(np.int64),
+        test_x=np.zeros((0, 1, 8, 8), dtype=np.uint8),
+        test_y=none,
+        train_writer=none,
+        test_writer=none,
+        classes=tuple("0123456789"),
+        levels=16,
+        mean=source.mean,
+        deviation=source.deviation,
+    )
+
+
+def _decode(name: str, source: Source, folder: Path | None, part: Path) -> None:
+    """Decode every split into ``part``: ``{train,test}_{x,y,writer}.npy`` and ``meta.json``."""
+    if folder is not None and list(folder.glob("train-images*")):
+        splits, classes = _read_idx(folder)
+    else:
+        splits, classes = _read_parquet(name, source, folder)
+    for split, columns in splits.items():
+        for column, values in columns.items():
+            np.save(part / f"{split}_{column}.npy", values, allow_pickle=False)
+    (part / "meta.json").write_text(json.dumps({"classes": classes}))
+
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+def _read_parquet(name: str, source: Source, folder: Path | None) -> tuple[dict[str, Columns], list[str]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if folder is not None:
+            files = {s: sorted(map(str, folder.glob(f"{s}-*.parquet"))) for s in ("train", "test")}
+            with tempfile.TemporaryDirectory() as scratch:
+                loaded = {
+                    split: datasets.Dataset.from_parquet(paths, cache_dir=scratch, keep_in_memory=True)
+                    for split, paths in files.items()
+                    if paths
+                }
+        else:
+            loaded = dict(datasets.load_dataset(source.hub))
+    except Exception as error:
+        where = f"the folder {folder}" if folder else f"the hub's {source.hub}"
+        raise UserError(
+            f"data set '{name}' cannot be read from {where}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            + ("" if folder else "; with the files at hand set data.root=FOLDER")
+        ) from error
+    features = loaded["train"].features
+    image = source.image or _only(features, datasets.Image, name, "image")
+    label = source.label or _only(features, datasets.ClassLabel, name, "class label")
+    for column in filter(None, (image, label, source.writer)):
+        if column not in features:
+            raise UserError(f"data set '{name}' has no column '{column}' (it has {', '.join(features)})")
+    writers: dict[Any, int] = {}
+    splits: dict[str, Columns] = {}
+    for split in ("train", "test"):
+        if split not in loaded:
+            continue
+        rows = loaded[split]
+        pixels = np.stack([_pixels(picture) for picture in rows[image]])
+        columns: Columns = {"x": pixels, "y": np.asarray(rows[label], dtype=np.int64)}
+        if source.writer:
+            for writer in sorted(set(rows[source.writer])):
+                writers.setdefault(writer, len(writers))
+            columns["writer"] = np.asarray([writers[w] for w in rows[source.writer]], dtype=np.int64)
+        splits[split] = columns
+    kind = features[label]
+    count = int(max(c["y"].max() for c in splits.values())) + 1
+    return splits, list(getattr(kind, "names", None) or map(str, range(count)))
+
+
+def _only(features: Any, kind: type, name: str, what: str) -> str:
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        raise UserError(f"data set '{name}' has {len(found)} {what} columns ({', '.join(features)}); one is needed")
+    return str(found[0])
+
+
+def _pixels(picture: Any) -> Bytes:
+    """Return a PIL image as ``[channels, height, width]`` bytes; grey stays one channel, all else becomes RGB."""
+    grey = picture.mode in ("L", "1", "I", "I;16")
+    array = np.asarray(picture.convert("L" if grey else "RGB"), dtype=np.uint8)
+    return array[None] if grey else array.transpose(2, 0, 1)
+
+
+def _read_idx(folder: Path) -> tuple[dict[str, Columns], list[str]]:
+    splits: dict[str, Columns] = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        x, y = _idx(folder, f"{prefix}-images"), _idx(folder, f"{prefix}-labels")
+        splits[split] = {"x": x[:, None], "y": y.astype(np.int64)}
+    return splits, [str(c) for c in range(10)]
+
+
+def _idx(folder: Path, prefix: str) -> Bytes:
+    """Read an idx file of bytes: two zero bytes, 0x08, the number of dimensions, the dimensions, the values."""
+    path = next(iter(sorted(folder.glob(f"{prefix}*"))), None)
+    if path is None:
+        raise UserError(f"the folder {folder} has no idx file {prefix}*")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        raw = file.read()
+    dimensions = raw[3] if len(raw) > 4 and raw[:3] == b"\x00\x00\x08" else 0
+    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, 4)) if dimensions else ()
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions) if dimensions else np.zeros(0, np.uint8)
+    if not dimensions or values.size != int(np.prod(shape)):
+        raise UserError(f"{path} is not an idx file of bytes, or it is cut short")
+    return values.reshape(shape)
+
+
+def _open(name: str, source: Source, cache: Path) -> Images:
+    meta = json.loads((cache / "meta.json").read_text())
+
+    def column(file: str, default: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        path = cache / f"{file}.npy"
+        return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else default
+
+    none = np.zeros(0, dtype=np.int64)
+    train_x = column("train_x", none)
+    mean, deviation = source.mean, source.deviation
+    if not mean:
+        sample = np.asarray(train_x[:: max(1, len(train_x) // 10_000)], dtype=np.float64) / 255
+        mean = tuple(round(float(v), 4) for v in sample.mean(axis=(0, 2, 3)))
+        deviation = tuple(max(round(float(v), 4), 1e-4) for v in sample.std(axis=(0, 2, 3)))
+    return Images(
+        name=name,
+        train_x=train_x,
+        train_y=np.array(column("train_y", none)),
+        test_x=column("test_x", np.zeros((0, *train_x.shape[1:]), dtype=np.uint8)),
+        test_y=np.array(column("test_y", none)),
+        train_writer=np.array(column("train_writer", none)),
+        test_writer=np.array(column("test_writer", none)),
+        classes=tuple(meta["classes"]),
+        levels=255,
+        mean=mean,
+        deviation=deviation,
+    )

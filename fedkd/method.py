@@ -1,0 +1,82 @@
+"""A method is a value: a contract here, a client half in ``clients`` and a server half in ``strategies``.
+
+The three files have one name, and that name is the registered name: ``fedkd/methods/fedgen.py``,
+``clients/fedgen.py``, ``strategies/fedgen.py``.  Nothing else has to be edited to add one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from fedkd.config import HyperParameters
+from fedkd.errors import UserError, nearest
+from fedkd.models import FlatModel
+from fedkd.payload import Record
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    authors: str
+    title: str
+    venue: str
+    arxiv: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.authors}: {self.title}. {self.venue}" + (f", arXiv {self.arxiv}" if self.arxiv else "")
+
+
+@dataclass(frozen=True)
+class Method:
+    """The contract of a method.
+
+    Args:
+        name: registered name, equal to the file name.
+        summary: one line for ``fedkd methods``.
+        hyper: the method's own settings.
+        Broadcast: what the server sends to every sampled client.
+        Update: what a client returns.
+        State: what a client keeps between its participations.
+        paper: the source; None for a control.
+        variants: readings of the paper that ``<name>.variant`` selects.
+        extras: ``(hyper, model, classes, streams, device)`` to workspaces beside the model that both halves hold, by
+            name; records may use the dimensions ``<name>`` and ``<name>_statistics``.
+    """
+
+    name: str
+    summary: str
+    hyper: type[HyperParameters]
+    Broadcast: type[Record]
+    Update: type[Record]
+    State: type[Record]
+    paper: Paper | None = None
+    variants: tuple[str, ...] = ()
+    extras: Callable[..., dict[str, FlatModel]] | None = None
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the registered names, found by file name."""
+    import fedkd.methods
+
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(fedkd.methods.__path__) if not m.name.startswith("_")))
+
+
+@cache
+def load(name: str) -> Method:
+    """Return the contract of a method.
+
+    Raises:
+        UserError: no such method.
+    """
+    if name not in names():
+        raise UserError(f"unknown method '{name}'{nearest(name, names())} (known: {', '.join(names())})")
+    method: Method = importlib.import_module(f"fedkd.methods.{name}").METHOD
+    if method.name != name:
+        raise TypeError(f"fedkd/methods/{name}.py registers '{method.name}': file name and method name must agree")
+    return method

@@ -1,0 +1,312 @@
+"""Models as ordered lists of named stages with a head, and the same models as flat vectors.
+
+A method names stages ("inject here", "this part is personal", "drop from here up"); it never names layers, so any
+model works.  :class:`FlatModel` lays all trainable parameters out in one vector, so that an average, a proximal term
+or a matrix product over clients is a line of algebra, and nothing is copied to send or to load a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkd.config import ModelSection
+from fedkd.errors import UserError, nearest
+from fedkd.rng import Streams
+
+Shape = tuple[int, ...]
+
+
+class StagedModel(nn.Module):
+    """An image classifier made of named stages; the last stage, ``head``, gives the logits.
+
+    Args:
+        stages: name and module of each stage, first to last.
+        input_shape: ``(channels, height, width)`` of an image.
+    """
+
+    def __init__(self, stages: OrderedDict[str, nn.Module], input_shape: Shape) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict(stages)
+        self.input_shape = input_shape
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the stages, first to last."""
+        return tuple(self.stages)
+
+    def forward(self, x: torch.Tensor, start: str | None = None, stop: str | None = None) -> torch.Tensor:
+        """Run the stages from ``start`` (default: the first) up to but not including ``stop`` (default: to the end).
+
+        Args:
+            x: ``[batch, *input_shape]``, or what the stage ``start`` takes.
+
+        Returns:
+            logits ``[batch, classes]``, or what the stage ``stop`` takes.
+        """
+        running = start is None
+        for name, stage in self.stages.items():
+            if name == stop:
+                break
+            running = running or name == start
+            if running:
+                x = stage(x)
+        return x
+
+    def input_of(self, stage: str) -> Shape:
+        """Return the shape, without the batch, of what a stage takes.
+
+        Raises:
+            UserError: the model has no such stage.
+        """
+        if stage not in self.stages:
+            raise UserError(
+                f"the model has no stage '{stage}'{nearest(stage, self.stages)} (stages: {', '.join(self.stages)})"
+            )
+        device = next(self.parameters()).device
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            shape = tuple(self(torch.zeros(1, *self.input_shape, device=device), stop=stage).shape[1:])
+        self.train(was_training)
+        return shape
+
+
+class FlatModel:
+    """A module whose trainable parameters, gradients and BatchNorm statistics are views of three vectors.
+
+    Writing to :attr:`parameters` changes the module and back.  Vectors that leave the workspace have to be cloned.
+
+    Args:
+        module: any module; it is moved to ``device`` and its tensors are re-laid.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
+        self.module = module.to(device)
+        self.device = torch.device(device)
+        tensors = list(self.module.parameters())
+        self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
+        self.parameters = torch.cat([p.detach().reshape(-1) for p in tensors])
+        self.gradient = torch.zeros_like(self.parameters)
+        self.norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        owned = [(m, name) for m in self.norms for name in ("running_mean", "running_var")]
+        parts = [getattr(m, name).detach().reshape(-1) for m, name in owned]
+        self.statistics = torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        for view, gradient, parameter in zip(
+            self.unflatten(self.parameters).values(), self.unflatten(self.gradient).values(), tensors, strict=True
+        ):
+            parameter.data = view
+            parameter.grad = gradient
+        offset = 0
+        for norm, name in owned:
+            size = norm.num_features
+            setattr(norm, name, self.statistics[offset : offset + size])
+            offset += size
+
+    def unflatten(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views of a parameter vector ``[..., P]`` by parameter name, each ``[..., *shape]``."""
+        views, offset = {}, 0
+        for name, shape in self.shapes.items():
+            size = torch.Size(shape).numel()
+            views[name] = vector[..., offset : offset + size].reshape(*vector.shape[:-1], *shape)
+            offset += size
+        return views
+
+    def slice_of(self, stages: Callable[[str], bool]) -> torch.Tensor:
+        """Return a boolean mask ``[P]`` of the parameters whose stage satisfies the predicate (staged models)."""
+        mask = torch.zeros(self.parameters.numel(), dtype=torch.bool)
+        for name, view in self.unflatten(mask).items():
+            view.fill_(stages(name.split(".")[1]))
+        return mask
+
+    @torch.no_grad()
+    def load(self, parameters: torch.Tensor, statistics: torch.Tensor | None = None) -> None:
+        """Copy a parameter vector ``[P]`` (and BatchNorm statistics ``[S]``) into the module."""
+        self.parameters.copy_(parameters)
+        if statistics is not None:
+            self.statistics.copy_(statistics)
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the gradient vector ``[P]`` of a scalar loss (a view that the next call overwrites)."""
+        self.gradient.zero_()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return self.gradient
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = self.module(*args, **kwargs)
+        return out
+
+
+def build(config: ModelSection, input_shape: Shape, classes: int, streams: Streams) -> StagedModel:
+    """Build the configured model, initialised from the run's seed.
+
+    Args:
+        config: the ``model`` section.
+        input_shape: ``(channels, height, width)``.
+        classes: number of logits.
+        streams: the run's random streams; ``model`` seeds the initial parameters.
+
+    Raises:
+        UserError: an unknown model, or images that it cannot take.
+    """
+    name = config.name
+    if name == "auto":
+        name = "fedgen_cnn" if min(input_shape[1:]) >= 16 else "mlp"
+    if name not in _MODELS:
+        raise UserError(f"model.name = '{name}' is unknown{nearest(name, _MODELS)} (known: {', '.join(_MODELS)})")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(streams.number("model"))
+        try:
+            model = StagedModel(OrderedDict(_MODELS[name](config, input_shape, classes)), input_shape)
+            model.input_of("head")
+        except (RuntimeError, ZeroDivisionError, ValueError) as error:
+            raise UserError(
+                f"model.name = '{name}' cannot take images of {'x'.join(map(str, input_shape))}; try model.name=mlp"
+            ) from error
+    return model
+
+
+def names() -> tuple[str, ...]:
+    """Return the names that ``model.name`` takes."""
+    return ("auto", *_MODELS)
+
+
+Stages = Iterator[tuple[str, nn.Module]]
+
+
+def _norm(config: ModelSection, channels: int, default: str = "batch") -> nn.Module:
+    """BatchNorm or GroupNorm (at most 32 groups, at least two channels each), by ``model.norm``."""
+    if (default if config.norm == "auto" else config.norm) == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels)
+
+
+def _flat_size(stages: list[tuple[str, nn.Module]], input_shape: Shape) -> int:
+    with torch.no_grad():
+        return int(nn.Sequential(*(m for _, m in stages)).eval()(torch.zeros(1, *input_shape)).numel())
+
+
+def _fedgen_cnn(config: ModelSection, shape: Shape, classes: int) -> Stages:
+    """The classifier of FedGen's released code: 26,434 parameters on MNIST (distinct from the CNN its paper names)."""
+    convolutions: list[tuple[str, nn.Module]] = []
+    channels = shape[0]
+    for number, width in enumerate((6, 16), start=1):
+        block = nn.Sequential(nn.Conv2d(channels, width, 3, stride=2, padding=1), _norm(config, width), nn.ReLU())
+        convolutions.append((f"conv{number}", block))
+        channels = width
+    yield from convolutions
+    yield "latent", nn.Sequential(nn.Flatten(), nn.Linear(_flat_size(convolutions, shape), 32))
+    yield "head", nn.Linear(32, classes)
+
+
+def _fedavg_cnn(config: ModelSection, shape: Shape, classes: int) -> Stages:
+    """The CNN of the FedAvg paper as PFLlib and PGFed run it: two 5x5 convolutions without padding, 512 hidden."""
+    convolutions: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Sequential(nn.Conv2d(shape[0], 32, 5), nn.ReLU(), nn.MaxPool2d(2))),
+        ("conv2", nn.Sequential(nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2))),
+    ]
+    yield from convolutions
+    yield "hidden", nn.Sequential(nn.Flatten(), nn.Linear(_flat_size(convolutions, shape), 512), nn.ReLU())
+    yield "head", nn.Linear(512, classes)
+
+
+def _lenet5(config: ModelSection, shape: Shape, classes: int) -> Stages:
+    """LeNet-5 with ReLU and max pooling; images of 28 pixels are padded as in the original."""
+    convolutions: list[tuple[str, nn.Module]] = [
+        (
+            "conv1",
+            nn.Sequential(nn.Conv2d(shape[0], 6, 5, padding=2 if shape[1] < 32 else 0), nn.ReLU(), nn.MaxPool2d(2)),
+        ),
+        ("conv2", nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2))),
+    ]
+    yield from convolutions
+    yield "hidden1", nn.Sequential(nn.Flatten(), nn.Linear(_flat_size(convolutions, shape), 120), nn.ReLU())
+    yield "hidden2", nn.Sequential(nn.Linear(120, 84), nn.ReLU())
+    yield "head", nn.Linear(84, classes)
+
+
+def _mlp(config: ModelSection, shape: Shape, classes: int) -> Stages:
+    """One hidden layer of ``model.hidden`` units."""
+    size = torch.Size(shape).numel()
+    yield "hidden", nn.Sequential(nn.Flatten(), nn.Linear(size, config.hidden), nn.ReLU())
+    yield "head", nn.Linear(config.hidden, classes)
+
+
+class _Residual(nn.Module):
+    """The basic block of ResNet: two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, config: ModelSection, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            _norm(config, outputs, "group"),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            _norm(config, outputs, "group"),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), _norm(config, outputs, "group")
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.relu(self.body(x) + self.shortcut(x))
+
+
+def _resnet18(config: ModelSection, shape: Shape, classes: int) -> Stages:
+    """ResNet-18 with the CIFAR stem (3x3, stride 1, no pooling); GroupNorm unless ``model.norm`` says batch."""
+    yield "stem", nn.Sequential(nn.Conv2d(shape[0], 64, 3, 1, 1, bias=False), _norm(config, 64, "group"), nn.ReLU())
+    inputs = 64
+    for number, (outputs, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), start=1):
+        yield (
+            f"block{number}",
+            nn.Sequential(_Residual(config, inputs, outputs, stride), _Residual(config, outputs, outputs, 1)),
+        )
+        inputs = outputs
+    yield "pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    yield "head", nn.Linear(512, classes)
+
+
+_MODELS: dict[str, Callable[[ModelSection, Shape, int], Stages]] = {
+    "fedgen_cnn": _fedgen_cnn,
+    "fedavg_cnn": _fedavg_cnn,
+    "lenet5": _lenet5,
+    "mlp": _mlp,
+    "resnet18": _resnet18,
+}
+
+
+class LatentGenerator(nn.Module):
+    """FedGen's generator of latent features: [noise, one-hot label] -> hidden (BatchNorm, ReLU) -> features.
+
+    Source: zhuangdizhu/FedGen @ dd5807c, which gives 19,744 parameters for 32 noise, 10 classes, 256 hidden, 32 out.
+
+    Args:
+        noise: width of the noise.
+        classes: number of classes.
+        hidden: hidden width.
+        output_shape: shape of the features, without the batch.
+    """
+
+    def __init__(self, noise: int, classes: int, hidden: int, output_shape: Shape) -> None:
+        super().__init__()
+        self.classes = classes
+        self.output_shape = output_shape
+        self.body = nn.Sequential(
+            nn.Linear(noise + classes, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, torch.Size(output_shape).numel()),
+        )
+
+    def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return features ``[batch, *output_shape]`` for noise ``[batch, noise]`` and labels ``[batch]``."""
+        one_hot = nn.functional.one_hot(labels, self.classes).to(noise.dtype)
+        out: torch.Tensor = self.body(torch.cat((noise, one_hot), dim=1))
+        return out.reshape(len(labels), *self.output_shape)

@@ -1,0 +1,153 @@
+"""Typed records: what crosses the network, and what a client keeps.
+
+A :class:`Record` is a frozen dataclass whose fields are tensors with a declared shape and dtype.  A *payload* is a
+record that crosses the network; what a method keeps private is visible, because it is not in the payload's type.
+Record keys come from the field names, so there is no second place to keep in step.
+
+The records of several clients travel together as one stacked array per field (``[clients, *shape]``), so a message
+holds a few large arrays whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Self, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+
+Sizes = Mapping[str, int]
+"""Values of the symbolic dimensions, e.g. ``{"parameters": 26434, "statistics": 0, "classes": 10}``."""
+
+
+R = TypeVar("R", bound="Record")
+
+
+class PayloadError(ValueError):
+    """A record does not have the declared fields, shapes, dtypes or finite values; the message says which and whose."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Declared shape and dtype of a field: dimensions are numbers or names that :data:`Sizes` resolves."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+    def resolve(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(d if isinstance(d, int) else sizes[d] for d in self.shape)
+
+
+ParameterVector = Annotated[torch.Tensor, Spec(("parameters",), torch.float32)]
+"""All trainable parameters of the model as one vector, in the order of :class:`fedkd.models.FlatModel`."""
+SharedStatistics = Annotated[torch.Tensor, Spec(("shared_statistics",), torch.float32)]
+"""BatchNorm running statistics that travel: all of them when ``model.norm-statistics`` is ``averaged``, else empty."""
+Statistics = Annotated[torch.Tensor, Spec(("statistics",), torch.float32)]
+"""All BatchNorm running statistics of the model (empty without BatchNorm)."""
+ClassCounts = Annotated[torch.Tensor, Spec(("classes",), torch.int64)]
+"""Number of examples of each class."""
+ClassProbabilities = Annotated[torch.Tensor, Spec(("classes",), torch.float32)]
+"""A distribution over the classes."""
+Count = Annotated[torch.Tensor, Spec((), torch.int64)]
+"""One integer."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of all typed records.  Subclasses are frozen dataclasses with fields annotated by a :class:`Spec`."""
+
+    @classmethod
+    @cache
+    def specs(cls) -> dict[str, Spec]:
+        """Return the declared specification of each field, in field order."""
+        hints = get_type_hints(cls, include_extras=True)
+        specs = {}
+        for field in dataclasses.fields(cls):
+            hint = hints[field.name]
+            found = [a for a in get_args(hint)[1:] if isinstance(a, Spec)] if get_origin(hint) is Annotated else []
+            if not found:
+                raise TypeError(f"{cls.__name__}.{field.name} needs a type such as ParameterVector, not {hint!r}")
+            specs[field.name] = found[0]
+        return specs
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the fields by name, without copying."""
+        return {name: getattr(self, name) for name in self.specs()}
+
+    def check(self, sizes: Sizes, owner: str) -> Self:
+        """Return the record itself after comparing every field with its specification.
+
+        Raises:
+            PayloadError: naming the owner, the field and what differs.
+        """
+        for name, spec in self.specs().items():
+            value = getattr(self, name)
+            shape = spec.resolve(sizes)
+            if tuple(value.shape) != shape or value.dtype != spec.dtype:
+                raise PayloadError(
+                    f"{type(self).__name__}.{name} of {owner} is {value.dtype} {tuple(value.shape)}, "
+                    f"the contract says {spec.dtype} {shape}"
+                )
+            if spec.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+                raise PayloadError(
+                    f"{type(self).__name__}.{name} of {owner} has a value that is not finite: the client diverged; "
+                    "a smaller train.lr is the usual cure"
+                )
+        return self
+
+
+def pack(records: Sequence[Record]) -> ArrayRecord:
+    """Stack records of one type into a Flower ``ArrayRecord``: one array ``[len(records), *shape]`` per field."""
+    packed: dict[str, Array] = {}
+    for name in type(records[0]).specs():
+        rows = [getattr(record, name).detach().cpu() for record in records]
+        packed[name] = Array(np.ascontiguousarray(torch.stack(rows).numpy()))
+    return ArrayRecord(packed)
+
+
+def unpack(kind: type[R], arrays: ArrayRecord, sizes: Sizes, owners: Sequence[str]) -> list[R]:
+    """Return the records that :func:`pack` stacked, each checked against its specification.
+
+    Args:
+        kind: the record type.
+        arrays: what arrived.
+        sizes: values of the symbolic dimensions.
+        owners: who each row belongs to, for messages; its length is the expected number of rows.
+
+    Raises:
+        PayloadError: missing or extra fields, a wrong number of rows, or a row that fails :meth:`Record.check`.
+    """
+    expected, found = set(kind.specs()), set(arrays)
+    if expected != found:
+        raise PayloadError(
+            f"{kind.__name__} from {', '.join(owners)}: missing fields {sorted(expected - found)}, "
+            f"unknown fields {sorted(found - expected)}"
+        )
+    columns = {}
+    for name in kind.specs():
+        column = torch.from_numpy(np.array(arrays[name].numpy()))
+        if column.ndim == 0 or column.shape[0] != len(owners):
+            raise PayloadError(f"{kind.__name__}.{name}: {tuple(column.shape)} for {len(owners)} owners")
+        columns[name] = column
+    return [
+        kind(**{name: column[row] for name, column in columns.items()}).check(sizes, owner)
+        for row, owner in enumerate(owners)
+    ]
+
+
+def wire_bytes(record: Record) -> int:
+    """Return the exact number of bytes of a record sent alone: Flower's serialization of each of its arrays."""
+    return sum(_array_bytes(tuple(value.shape), str(value.numpy().dtype)) for value in record.tensors().values())
+
+
+@cache
+def _array_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Return the length of Flower's serialized array; it depends on shape and dtype only, so one real one tells all."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    return len(buffer.getvalue()) + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

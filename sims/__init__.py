@@ -1,0 +1,1 @@
+"""The user's shell: the command line, the engines and (with time) the paper reproductions."""

@@ -1,0 +1,14 @@
+"""The server side: Flower strategies, and the server half of each method.
+
+A server half is a module with a state record and three pure functions::
+
+    init(setup) -> State
+    broadcast(setup, state, round) -> Broadcast
+    update(setup, state, updates, round) -> (State, metrics)
+
+``build("fedgen", config, ...)`` gives a genuine ``flwr.serverapp.strategy.Strategy``.
+"""
+
+from strategies.base import FederatedStrategy, build
+
+__all__ = ["FederatedStrategy", "build"]
