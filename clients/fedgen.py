@@ -21,9 +21,9 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     paper (Eq. 5): ``CE(f(x), y) + w CE(h(G(y~)), y~)``, y~ from the label counts.
 
     authors: ``CE(f(x), y) + b_t KL(h(G(y)) || f(x)) + (B_G / B) a_t CE(h(G(y~)), y~)``, y~ uniform over the classes
-    that any client holds, ``a_t = max(1e-4, alpha * decay^t)`` and b_t likewise, both zero in the first round
-    (t counts from 0).  h(G(y)) is the prediction for generated features of the batch's own labels, without gradient.
-    A weight alpha or beta of zero stays zero.
+    that clients have drawn so far, ``a_t = max(1e-4, alpha * decay^t)`` and b_t likewise, both zero in the first
+    round (t counts from 0) and after ``early-stop`` local steps.  h(G(y)) is the prediction for generated features of
+    the batch's own labels, without gradient.  A weight alpha or beta of zero stays zero.
     """
     hyper: Hyper = job.hyper
     generator = job.extras["generator"]
@@ -41,7 +41,9 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     sgd = fedavg.start(job, broadcast, state)
     loss, generated_loss, latent_loss = Mean(), Mean(), Mean()
     drawn = torch.zeros_like(broadcast.label_probabilities, dtype=torch.int64)
-    for x, y in job.batches(shard):
+    for step, (x, y) in enumerate(job.batches(shard)):
+        if hyper.variant == "authors" and hyper.early_stop and step == hyper.early_stop:
+            generated_weight = latent_weight = 0.0
         drawn += torch.bincount(y, minlength=len(drawn)).cpu()
         logits = job.model(x)
         total = loss.add(cross_entropy(logits, y))

@@ -26,7 +26,11 @@ class Section(BaseModel):
     """A group of settings.  Field names are written with hyphens outside Python."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
 

@@ -18,7 +18,7 @@ def build_generator(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(streams.number("generator"))
-        generator = LatentGenerator(noise, classes, hidden, model.input_of(layer))
+        generator = LatentGenerator(noise, classes, hidden, model.input_of(layer, "fedgen.layer"))
     return FlatModel(generator, device)
 
 

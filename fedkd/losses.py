@@ -53,19 +53,27 @@ def diversity(noise: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     return torch.exp(-(noise_distance * feature_distance).mean())
 
 
-def weighted_teachers(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """FedGen's generator loss as released: ``mean_i sum_k W[y_i, k] CE(g(z_i; theta_k), y_i)``, a scalar.
+def weighted_teachers(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, per_example: bool = False
+) -> torch.Tensor:
+    """FedGen's generator loss as released: ``sum_k mean_i W[y_i, k] * mean_i CE(g(z_i; theta_k), y_i)``, a scalar.
 
-    (zhuangdizhu/FedGen @ dd5807c, ``train_generator``; the paper's Eq. 4 is :func:`mean_teacher`.)
+    (zhuangdizhu/FedGen @ dd5807c, ``train_generator``: a ``[batch, 1]`` weight times a ``[batch]`` loss is averaged
+    over ``[batch, batch]``, so the two means factorise and a client teaches a class it never saw as strongly as any
+    other.  The weighting that the names in the code suggest, ``mean_i sum_k W[y_i, k] CE(g(z_i; theta_k), y_i)``, is
+    ``per_example``.  The paper's Eq. 4 is :func:`mean_teacher`.)
 
     Args:
         logits: ``[clients, batch, classes]``.
         labels: ``[batch]``.
         weights: ``[classes, clients]``, rows sum to one: each client's share of the examples of a class.
+        per_example: weigh each example's loss by its own class.
     """
     clients, batch, classes = logits.shape
     losses = cross_entropy(logits.reshape(-1, classes), labels.repeat(clients)).reshape(clients, batch)
-    return (weights[labels].T * losses).mean(dim=1).sum()
+    if per_example:
+        return (weights[labels].T * losses).mean(dim=1).sum()
+    return (weights[labels].mean(dim=0) * losses.mean(dim=1)).sum()
 
 
 def mean_teacher(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

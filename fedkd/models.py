@@ -58,15 +58,20 @@ class StagedModel(nn.Module):
                 x = stage(x)
         return x
 
-    def input_of(self, stage: str) -> Shape:
+    def input_of(self, stage: str, setting: str = "stage") -> Shape:
         """Return the shape, without the batch, of what a stage takes.
+
+        Args:
+            stage: its name.
+            setting: the key that named it, for the message.
 
         Raises:
             UserError: the model has no such stage.
         """
         if stage not in self.stages:
             raise UserError(
-                f"the model has no stage '{stage}'{nearest(stage, self.stages)} (stages: {', '.join(self.stages)})"
+                f"{setting} = '{stage}': the model has no such stage{nearest(stage, self.stages)} "
+                f"(stages: {', '.join(self.stages)})"
             )
         device = next(self.parameters()).device
         was_training = self.training

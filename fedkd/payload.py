@@ -132,7 +132,9 @@ def unpack(kind: type[R], arrays: ArrayRecord, sizes: Sizes, owners: Sequence[st
     for name in kind.specs():
         column = torch.from_numpy(np.array(arrays[name].numpy()))
         if column.ndim == 0 or column.shape[0] != len(owners):
-            raise PayloadError(f"{kind.__name__}.{name}: {tuple(column.shape)} for {len(owners)} owners")
+            raise PayloadError(
+                f"{kind.__name__}.{name} of {', '.join(owners)}: {tuple(column.shape)} is not one row each"
+            )
         columns[name] = column
     return [
         kind(**{name: column[row] for name, column in columns.items()}).check(sizes, owner)

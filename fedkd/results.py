@@ -7,7 +7,8 @@
 - ``rounds.jsonl``: a line per round: who trained, the server's metrics, a hash of the server's state, seconds;
 - ``clients.jsonl``: a line per round and trained client: loss, examples, exact bytes down and up, seconds;
 - ``evaluations.jsonl``: a line per evaluation and client: correct, total and loss of the global and personal model;
-- ``final.safetensors``: the server's state at the end; ``summary.json``: written last, so its presence means finished.
+- ``final.safetensors``: the server's state at the end; ``summary.json``: written last, so its presence means finished;
+- ``error.txt``, only when the run failed: why.
 
 The ``.jsonl`` files only grow, a line at a time, so a run that was stopped is readable up to its last line.
 """
@@ -80,6 +81,10 @@ class Recorder:
         part = self.folder / "summary.json.part"
         part.write_text(json.dumps(Run(self.folder).summary(), indent=2) + "\n", encoding="utf-8")
         part.replace(self.folder / "summary.json")
+
+    def fail(self, error: Exception) -> None:
+        """Say in ``error.txt`` why the run ended early."""
+        (self.folder / "error.txt").write_text(f"{error}\n", encoding="utf-8")
 
     def close(self) -> None:
         """Close the files; what has been written stays readable."""

@@ -27,6 +27,10 @@ def main(grid: Grid, context: Context) -> None:
         strategy = build(config, data, pick_device(config.run.device), recorder)
         strategy.start(PromptGrid(grid), ArrayRecord(), num_rounds=config.run.rounds)
         recorder.finish(strategy.state)
+    except Exception as error:
+        recorder.fail(error)
+        raise
     finally:
         recorder.close()
-    print(f"fedkd: results in {folder}", flush=True)
+    if not config.run.dir:  # nobody but us knows where the results are
+        print(f"fedkd: results in {folder}", flush=True)

@@ -77,9 +77,10 @@ def update(setup: Setup, state: State, updates: Sequence[Update], round: int) ->
 
     paper: labels from the counts of all clients, Eq. 4 on the mean of the logits, plain mean of the models.
 
-    authors: a client's count of a class is 1 + its draws this round, its weight its share of the class; labels
-    uniform over the classes that some client drew; models weighted by examples.  Both add ``diversity`` times the
-    diversity loss.
+    authors: a client's count of a class is 1 + its draws this round, its weight for the class its share of it
+    (``class-weights`` says how the weights enter the loss); the generator's labels uniform over the classes drawn
+    this round, the clients' over those drawn in any round so far (the released code looks into the clients' data
+    instead); models weighted by examples.  Both add ``diversity`` times the diversity loss.
     """
     hyper: Hyper = setup.hyper
     counts = torch.stack([u.label_counts for u in updates])  # [clients, classes]
@@ -100,7 +101,7 @@ def update(setup: Setup, state: State, updates: Sequence[Update], round: int) ->
         share = (smoothed / smoothed.sum(dim=0)).T.to(setup.model.device)  # [classes, clients]
 
         def teacher_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return weighted_teachers(logits, y, share)
+            return weighted_teachers(logits, y, share, per_example=hyper.class_weights == "per-example")
 
     trained, metrics = _train_generator(setup, state, updates, labels, teacher_loss, round)
     return (

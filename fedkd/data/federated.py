@@ -139,13 +139,14 @@ def federate(config: Config) -> FederatedData:
             data.model_dump(exclude={"scaling", "root"}),
             config.data_seed,
             config.run.clients,
-            len(images.train_y),
-            len(images.test_y),
-            int(images.train_y[:100].sum()),
+            *(
+                _short_hash(a.tobytes())
+                for a in (images.train_y, images.test_y, images.train_writer, images.test_writer)
+            ),
         ],
         sort_keys=True,
     )
-    cached = cache_root() / "partitions" / f"{_short_hash(key)}.npz"
+    cached = cache_root() / "partitions" / f"{_short_hash(key.encode())}.npz"
     parts = _read(cached) if cached.exists() else None
     if parts is None:
         parts = _deal(config, images)
@@ -156,8 +157,8 @@ def federate(config: Config) -> FederatedData:
 _PARTITION_VERSION = 1
 
 
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def _deal(config: Config, images: Images) -> tuple[list[Integers], list[Integers]]:

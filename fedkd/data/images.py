@@ -27,8 +27,8 @@ from fedkd.errors import UserError, nearest
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
-_DECODER_VERSION = 1
-_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset-fashion-mnist")
+_DECODER_VERSION = 2
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,16 @@ def load_images(name: str, root: str = "") -> Images:
         raise UserError(
             f"unknown data set '{name}'{nearest(name, SOURCES)} (known: {', '.join(SOURCES)}, or a hub name owner/data)"
         )
-    if name == "digits":
-        return _digits()
     source = SOURCES.get(name, Source(name, "", ""))
-    folder = _folder(name, root)
-    if folder is not None:
+    folder = local_folder(name, root)
+    if name == "digits":
+        key, place = [], "scikit-learn"
+    elif folder is not None:
         key = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()]
         place = str(folder.resolve())
     else:
         key, place = [], "hub"
-    cache = _cache_root() / (
+    cache = cache_root() / (
         f"{name.replace('/', '--')}-"
         + hashlib.sha256(json.dumps([_DECODER_VERSION, place, key]).encode()).hexdigest()[:12]
     )
@@ -131,10 +131,6 @@ def load_images(name: str, root: str = "") -> Images:
 
 def cache_root() -> Path:
     """Return the folder of decoded data: ``$FEDKD_CACHE``, or ``fedkd`` in the user's cache folder."""
-    return _cache_root()
-
-
-def _cache_root() -> Path:
     if explicit := os.environ.get("FEDKD_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedkd"
@@ -154,8 +150,14 @@ def _filled(cache: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _folder(name: str, root: str) -> Path | None:
-    """Return the local folder of a data set, or None when the hub has to be asked."""
+def local_folder(name: str, root: str) -> Path | None:
+    """Return the local folder of a data set, or None when only the hub has it.
+
+    Raises:
+        UserError: ``root`` is given and does not hold the data set.
+    """
+    if name == "digits":
+        return None
     if root:
         base = Path(root).expanduser()
         if not base.is_dir():
@@ -167,44 +169,33 @@ def _folder(name: str, root: str) -> Path | None:
             f"data.root = '{root}' holds neither train-*.parquet nor idx files, and no folder '{name}' that does"
         )
     if name == "fashion_mnist":
-        return next((f for f in _DEBIAN_FASHION_MNIST if f.is_dir()), None)
+        return _DEBIAN_FASHION_MNIST if _DEBIAN_FASHION_MNIST.is_dir() else None
     return None
-
-
-def _digits() -> Images:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    source = SOURCES["digits"]
-    none = np.zeros(0, dtype=np.int64)
-    return Images(
-        name="digits",
-        train_x=bunch.images.astype(np.uint8)[:, None],
-        train_y=bunch.target.astype(np.int64),
-        test_x=np.zeros((0, 1, 8, 8), dtype=np.uint8),
-        test_y=none,
-        train_writer=none,
-        test_writer=none,
-        classes=tuple("0123456789"),
-        levels=16,
-        mean=source.mean,
-        deviation=source.deviation,
-    )
 
 
 def _decode(name: str, source: Source, folder: Path | None, part: Path) -> None:
     """Decode every split into ``part``: ``{train,test}_{x,y,writer}.npy`` and ``meta.json``."""
-    if folder is not None and list(folder.glob("train-images*")):
+    levels = 255
+    if name == "digits":
+        splits, classes, levels = _read_digits(), list("0123456789"), 16
+    elif folder is not None and list(folder.glob("train-images*")):
         splits, classes = _read_idx(folder)
     else:
         splits, classes = _read_parquet(name, source, folder)
     for split, columns in splits.items():
         for column, values in columns.items():
             np.save(part / f"{split}_{column}.npy", values, allow_pickle=False)
-    (part / "meta.json").write_text(json.dumps({"classes": classes}))
+    (part / "meta.json").write_text(json.dumps({"classes": classes, "levels": levels}))
 
 
 Columns = dict[str, npt.NDArray[Any]]
+
+
+def _read_digits() -> dict[str, Columns]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return {"train": {"x": bunch.images.astype(np.uint8)[:, None], "y": bunch.target.astype(np.int64)}}
 
 
 def _read_parquet(name: str, source: Source, folder: Path | None) -> tuple[dict[str, Columns], list[str]]:
@@ -312,7 +303,7 @@ def _open(name: str, source: Source, cache: Path) -> Images:
         train_writer=np.array(column("train_writer", none)),
         test_writer=np.array(column("test_writer", none)),
         classes=tuple(meta["classes"]),
-        levels=255,
+        levels=meta["levels"],
         mean=mean,
         deviation=deviation,
     )

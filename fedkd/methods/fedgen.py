@@ -7,7 +7,7 @@ stages alone (Eq. 4).  Clients add generated features to their local loss (Eq. 5
     Eq. 4 on the mean of the clients' logits, labels drawn from the label counts on both sides, Eq. 5 with weight
     ``eq5-weight`` (the paper prints no weight: 1), normal noise, plain mean of the models.
 ``authors``
-    the released code (zhuangdizhu/FedGen @ dd5807c): class-weighted sum of the clients' own cross-entropies, labels
+    the released code (zhuangdizhu/FedGen @ dd5807c): weighted sum of the clients' own cross-entropies, labels
     uniform over the classes seen, weights alpha and beta that decay by 0.98 a round down to 1e-4, a third client
     term (beta: KL on real batches against the prediction for generated features) that the paper does not have,
     uniform noise, models weighted by examples, no generated terms in the first round.
@@ -51,17 +51,49 @@ class Hyper(HyperParameters):
     generator_weight_decay: float = Field(1e-2, ge=0, description="L2 coefficient of the generator's Adam")
     diversity: float = Field(1.0, ge=0, description="weight of the diversity loss; 0 is Eq. 4 as printed")
     batch: int = Field(32, ge=1, description="generated examples per local step (the paper's B_G)")
-    eq5_weight: float = Field(1.0, ge=0, description="paper variant: weight of Eq. 5's second term; 0 is FedAvg")
-    alpha: float = Field(10.0, ge=0, description="authors variant: first weight of the generated cross-entropy")
+    eq5_weight: float = Field(
+        1.0,
+        ge=0,
+        description="paper variant: weight of Eq. 5's second term; 0 is FedAvg",
+        json_schema_extra={"only": {"variant": "paper"}},
+    )
+    class_weights: Literal["released", "per-example"] = Field(
+        "released",
+        description="authors variant: clients weigh in the generator's loss by their mean share over the batch (what "
+        "the released code computes) or each example by its own class (what it names)",
+        json_schema_extra={"only": {"variant": "authors"}},
+    )
+    early_stop: int = Field(
+        20,
+        ge=0,
+        description="authors variant: local steps after this many are plain; 0: none are",
+        json_schema_extra={"only": {"variant": "authors"}},
+    )
+    alpha: float = Field(
+        10.0,
+        ge=0,
+        description="authors variant: first weight of the generated cross-entropy",
+        json_schema_extra={"only": {"variant": "authors"}},
+    )
     beta: float = Field(
-        10.0, ge=0, description="authors variant: first weight of the latent KL; alpha=beta=0 is FedAvg"
+        10.0,
+        ge=0,
+        description="authors variant: first weight of the latent KL; alpha=beta=0 is FedAvg",
+        json_schema_extra={"only": {"variant": "authors"}},
     )
     temperature: float = Field(
         1.0,
         gt=0,
         description="authors variant: temperature of the latent KL (times its square); 1 is the released code",
+        json_schema_extra={"only": {"variant": "authors"}},
     )
-    decay: float = Field(0.98, gt=0, le=1, description="authors variant: factor on alpha and beta per round")
+    decay: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="authors variant: factor on alpha and beta per round",
+        json_schema_extra={"only": {"variant": "authors"}},
+    )
 
 
 @dataclass(frozen=True)
