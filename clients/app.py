@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from fedkd.data import Shard, federate
 from fedkd.device import pick_device, single_thread
 from fedkd.losses import cross_entropy
 from fedkd.method import load
-from fedkd.payload import Record, pack, unpack
+from fedkd.payload import PayloadError, Record, pack, unpack
 from fedkd.results import run_folder
 from fedkd.setup import Setup
 from fedkd.state import ClientStore
@@ -36,18 +37,19 @@ EVALUATION_BATCH = 1024
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients that the message names and return their updates."""
-    worker = _worker(context)
     order = protocol.read_order(message)
+    worker = _worker(order.config, context.run_id)
     broadcast = worker.broadcast(message)
     updates, rows = [], []
     for client in order.clients:
         began = time.perf_counter()
-        state = worker.state(client, before_round=order.round)
-        job = worker.job(order.round, client)
-        update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
-        update.check(worker.setup.sizes, f"client {client}")
-        if new_state is not None:
-            worker.store.save(new_state, client, order.round)
+        with _named(client):
+            state = worker.state(client, before_round=order.round)
+            job = worker.job(order.round, client)
+            update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
+            update.check(worker.setup.sizes, "the client")
+            if new_state is not None:
+                worker.store.save(new_state, client, order.round)
         updates.append(update)
         row: dict[str, Any] = {"client": client, "examples": len(worker.shard(client, "train"))}
         for name, (total, weight) in metrics.items():
@@ -59,22 +61,35 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the clients that the message names on their own test data."""
-    worker = _worker(context)
     order = protocol.read_order(message)
+    worker = _worker(order.config, context.run_id)
     broadcast = worker.broadcast(message)
     rows = []
     for client in order.clients:
-        state = worker.state(client, before_round=order.round + 1)
-        test = worker.shard(client, "test")
-        models: Models = worker.half.models(
-            worker.job(order.round, client), broadcast, state, worker.shard(client, "train")
-        )
-        row: dict[str, Any] = {"client": client, "total": len(test)}
-        for kind, model in (("global", models.shared), ("personal", models.personal)):
-            if model is not None:
-                row[f"{kind}_correct"], row[f"{kind}_loss_sum"] = _score(model, test)
+        with _named(client):
+            state = worker.state(client, before_round=order.round + 1)
+            train, test = worker.shard(client, "train"), worker.shard(client, "test")
+            models: Models = worker.half.models(worker.job(order.round, client), broadcast, state, train)
+            row: dict[str, Any] = {"client": client, "total": len(test)}
+            for kind, model in (("global", models.shared), ("personal", models.personal)):
+                if model is not None:
+                    row[f"{kind}_correct"], row[f"{kind}_loss_sum"] = _score(model, test)
         rows.append(row)
     return Message(protocol.reply(rows), reply_to=message)
+
+
+class ClientError(RuntimeError):
+    """A client failed; the message names it."""
+
+
+@contextmanager
+def _named(client: int) -> Iterator[None]:
+    """Say whose error it is."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, PayloadError) else f"{type(error).__name__}: "
+        raise ClientError(f"client {client}: {kind}{error}") from error
 
 
 def _score(model: Callable[[], Predictor], test: Shard) -> tuple[int, float]:
@@ -127,12 +142,8 @@ class Worker:
         )
 
 
-def _worker(context: Context) -> Worker:
-    """Return this process's worker for the run's configuration (one is kept at a time)."""
-    single_thread()
-    return _worker_for(json.dumps(dict(context.run_config), sort_keys=True), context.run_id)
-
-
 @lru_cache(maxsize=1)
-def _worker_for(flat: str, run_id: int) -> Worker:
-    return Worker(Config.from_flat(json.loads(flat)), run_id)
+def _worker(config: str, run_id: int) -> Worker:
+    """Return this process's worker for a configuration (JSON of flat keys); one is kept at a time."""
+    single_thread()
+    return Worker(Config.from_flat(json.loads(config)), run_id)

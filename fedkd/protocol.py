@@ -1,7 +1,8 @@
 """The messages of a round: an order to a node, and its reply.
 
-An order holds ``order`` (round and client numbers) and ``broadcast`` (the payload, once per node).  A reply holds
-``rows`` (one column per metric, one value per client) and, after training, ``updates`` (stacked payloads).
+An order holds ``order`` (the configuration, round and client numbers) and ``broadcast`` (the payload, once per node).
+A reply holds ``rows`` (one column per metric, one value per client) and, after training, ``updates`` (stacked
+payloads).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from fedkd.payload import PayloadError
 
 @dataclass(frozen=True)
 class Order:
-    """What a node is asked to do: which clients, in which round (from 1)."""
+    """What a node is asked to do: which clients, in which round (from 1), under which configuration (JSON)."""
 
+    config: str
     round: int
     clients: list[int]
 
@@ -26,17 +28,16 @@ class Order:
 Row = dict[str, Any]
 
 
-def order(round: int, clients: Sequence[int], broadcast: ArrayRecord) -> RecordDict:
+def order(config: str, round: int, clients: Sequence[int], broadcast: ArrayRecord) -> RecordDict:
     """Build the content of an order."""
-    return RecordDict(
-        {"order": ConfigRecord({"round": round, "clients": list(map(int, clients))}), "broadcast": broadcast}
-    )
+    asked = ConfigRecord({"config": config, "round": round, "clients": list(map(int, clients))})
+    return RecordDict({"order": asked, "broadcast": broadcast})
 
 
 def read_order(message: Message) -> Order:
     """Read an order."""
     record = message.content.config_records["order"]
-    return Order(int(cast(int, record["round"])), [int(c) for c in cast(list[int], record["clients"])])
+    return Order(cast(str, record["config"]), cast(int, record["round"]), cast(list[int], record["clients"]))
 
 
 def reply(rows: Sequence[Row], updates: ArrayRecord | None = None) -> RecordDict:

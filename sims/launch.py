@@ -93,8 +93,7 @@ def launch_all(configs: Sequence[Config], engine: Engine, nodes: int | None, job
 
         require_ray()
         with watching(watched), PrivateSuperLink() as superlink:
-            for config in configs:
-                superlink.run(config, nodes or default_nodes())
+            superlink.run(configs, nodes or default_nodes())
     elif len(configs) == 1 or jobs == 1:
         from sims import inline
 

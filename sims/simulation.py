@@ -1,13 +1,14 @@
 """The ``simulation`` engine: ``flwr run`` on a private SuperLink, Ray underneath, nothing left behind.
 
 A :class:`PrivateSuperLink` has its own ports and its own Flower and Ray folders, so it meets no other that runs on
-the machine, and serves any number of runs one after another.  Every run is given to Flower as an app of one file, a
-``pyproject.toml`` with the run's whole configuration; the code is what is installed.
+the machine, and serves any number of runs one after another.  They are given to Flower as an app of one file, a
+``pyproject.toml`` with the runs' whole configurations; the code is what is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,7 +44,7 @@ class PrivateSuperLink:
     """
 
     def __init__(self) -> None:
-        self._home = Path(tempfile.mkdtemp(prefix="fedkd-"))
+        self._home = _short_folder()
         self._port = _free_port()
         self.environment = os.environ | {
             "FLWR_HOME": str(self._home),
@@ -90,27 +92,29 @@ class PrivateSuperLink:
     ) -> None:
         self.close()
 
-    def run(self, config: Config, nodes: int, cpus: int = 1, gpus: float | None = None) -> None:
-        """Run an experiment; ``config.run.dir`` receives the results and Flower's log (``flower.log``).
+    def run(self, configs: Sequence[Config], nodes: int, cpus: int = 1, gpus: float | None = None) -> None:
+        """Run experiments one after another in one Flower run, so that Ray and the workers start once.
+
+        Each one's ``run.dir`` receives its results; Flower's log is ``flower.log`` in the folder they share.
 
         Args:
-            config: what to run.
+            configs: what to run.
             nodes: simulated SuperNodes, each of which can train every client.
             cpus: CPU cores that Ray reserves for a node.
             gpus: share of a GPU that Ray reserves for a node; None: the GPUs there are, divided by the nodes.
 
         Raises:
-            SimulationError: the run did not come to its end.
+            SimulationError: a run did not come to its end; the others may have.
         """
-        folder = Path(config.run.dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folders = [Path(config.run.dir) for config in configs]
+        log = Path(os.path.commonpath(folders)) / "flower.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         app = self._home / "app"
         shutil.rmtree(app, ignore_errors=True)
         app.mkdir()
-        (app / "pyproject.toml").write_text(app_toml(config), encoding="utf-8")
+        (app / "pyproject.toml").write_text(app_toml(configs), encoding="utf-8")
         share = _gpu_share(nodes) if gpus is None else gpus
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={share}"
-        log = folder / "flower.log"
         with log.open("wb") as output:
             client = subprocess.Popen(
                 ["flwr", "run", str(app), "own", "--stream", "--federation-config", federation],
@@ -126,8 +130,9 @@ class PrivateSuperLink:
                 if client.poll() is None:
                     client.kill()
                     client.wait()
-        if not (folder / "summary.json").exists():
-            raise SimulationError(f"{_reason(folder, log)} (log: {log})")
+        for folder in folders:
+            if not (folder / "summary.json").exists():
+                raise SimulationError(f"{_reason(folder, log)} (log: {log})")
 
     def close(self) -> None:
         """End the SuperLink and all that it started, by process id, and remove its folder."""
@@ -152,22 +157,12 @@ class PrivateSuperLink:
             return False
 
 
-def run(config: Config, nodes: int = 2) -> None:
-    """Run one experiment on a SuperLink of its own."""
-    with PrivateSuperLink() as superlink:
-        superlink.run(config, nodes)
-
-
-def app_toml(config: Config) -> str:
-    """Return the ``pyproject.toml`` of a Flower app that is this run."""
-    tables: dict[str, dict[str, str | int | float | bool]] = {}
-    for key, value in config.flat().items():
-        section, name = key.split(".", 1)
-        tables.setdefault(section, {})[name] = value
+def app_toml(configs: Sequence[Config]) -> str:
+    """Return the ``pyproject.toml`` of a Flower app that is these runs."""
     app = {
         "publisher": "fedkd",
         "components": {"serverapp": "strategies.app:app", "clientapp": "clients.app:app"},
-        "config": tables,
+        "config": {"series": json.dumps([config.flat() for config in configs])},
     }
     return tomli_w.dumps(
         {
@@ -198,6 +193,12 @@ def _gpu_share(nodes: int) -> float:
     import torch
 
     return round(torch.cuda.device_count() / nodes, 4) if torch.cuda.is_available() else 0.0
+
+
+def _short_folder() -> Path:
+    """Make a temporary folder whose path is short: Ray's sockets lie 70 characters below it, and 103 are allowed."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="fedkd-", dir=base if len(base) < 20 or os.name == "nt" else "/tmp"))
 
 
 def _free_port() -> int:

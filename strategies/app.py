@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -14,18 +16,36 @@ from strategies.grid import PromptGrid
 
 app = ServerApp()
 
+SERIES = "series"
+"""Key of a JSON list of configurations (flat keys) to run one after another, in place of one."""
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the configured experiment and leave its results in ``run.dir``."""
+    """Run the configured experiment, or a series of them, and leave the results in each one's ``run.dir``.
+
+    A run that fails does not stop the series; the first failure is raised at its end.
+    """
     single_thread()
-    config = Config.from_flat(dict(context.run_config))
-    folder = run_folder(config, context.run_id)
+    flat = dict(context.run_config)
+    series = json.loads(str(flat.pop(SERIES, "null"))) or [flat]
+    failures = []
+    for member in series:
+        try:
+            _run(Config.from_flat(member), PromptGrid(grid), context.run_id)
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _run(config: Config, grid: Grid, run_id: int) -> None:
+    folder = run_folder(config, run_id)
     data = federate(config)
     recorder = Recorder(folder, config, data.csv())
     try:
         strategy = build(config, data, pick_device(config.run.device), recorder)
-        strategy.start(PromptGrid(grid), ArrayRecord(), num_rounds=config.run.rounds)
+        strategy.start(grid, ArrayRecord(), num_rounds=config.run.rounds)
         recorder.finish(strategy.state)
     except Exception as error:
         recorder.fail(error)

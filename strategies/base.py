@@ -7,6 +7,8 @@ client order, byte counts and results: here and nowhere else.
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import time
 from collections.abc import Iterable, Sequence
 from types import ModuleType
@@ -49,6 +51,7 @@ class FederatedStrategy(Strategy):
     ) -> None:
         self.setup, self.half, self.recorder = setup, half, recorder
         self.method = load(setup.config.run.method)
+        self._config = json.dumps(setup.config.flat(), sort_keys=True)
         self.costs = list(costs)
         self.state: Record = half.init(setup)
         self._asked: dict[int, list[int]] = {}  # node -> clients of the exchange under way
@@ -149,7 +152,12 @@ class FederatedStrategy(Strategy):
         self._asked = {node: sorted(mine) for node, mine in self._asked.items() if mine}
         packed = pack([broadcast])
         return [
-            Message(protocol.order(round, mine, packed), dst_node_id=node, message_type=kind, group_id=str(round))
+            Message(
+                protocol.order(self._config, round, mine, packed),
+                dst_node_id=node,
+                message_type=kind,
+                group_id=str(round),
+            )
             for node, mine in self._asked.items()
         ]
 
@@ -164,7 +172,7 @@ class FederatedStrategy(Strategy):
         for reply in replies:
             clients = asked.pop(reply.metadata.src_node_id)
             if reply.has_error():
-                raise RoundError(f"clients {_listed(clients)} failed: {reply.error.reason}")
+                raise RoundError(f"clients {_listed(clients)} failed: {_said(reply.error.reason or 'no reason given')}")
             try:
                 rows = protocol.read_rows(reply)
             except KeyError as error:
@@ -215,6 +223,12 @@ def build(
     sizes = data.sizes()
     costs = np.minimum(sizes, config.train.batch_size) if config.train.local_steps else sizes
     return FederatedStrategy(setup, half, [float(c) for c in costs], recorder)
+
+
+def _said(reason: str) -> str:
+    """Return what the client said: the line that names it, out of the traces that Ray and Flower wrap around it."""
+    named = re.findall(r"ClientError: (client \d+: .*)", reason)
+    return str(named[-1]) if named else reason
 
 
 def _listed(clients: Sequence[int], most: int = 8) -> str:

@@ -118,9 +118,7 @@ def test_label_weights_and_labels_are_the_authors(case: Case, monkeypatch: pytes
     shares: list[torch.Tensor] = []
     asked: list[torch.Tensor] = []
 
-    def spy_loss(
-        logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, per_example: bool
-    ) -> torch.Tensor:
+    def spy_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, per_example: bool) -> torch.Tensor:
         shares.append(weights)
         return weighted_teachers(logits, labels, weights, per_example)
 

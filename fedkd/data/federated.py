@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -216,9 +217,9 @@ def _write(path: Path, train: list[Integers], test: list[Integers]) -> None:
 def _read(path: Path) -> tuple[list[Integers], list[Integers]] | None:
     """Read a cached partition; an unreadable file is as good as none."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             return tuple(  # type: ignore[return-value]
                 np.split(saved[name], np.cumsum(saved[f"{name}_sizes"])[:-1]) for name in ("train", "test")
             )
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None

@@ -1,0 +1,117 @@
+"""The command line as its user meets it: one clear line and exit code 2 for mistakes, files and tables otherwise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sims import cli
+
+SMALL = ["--clients", "6", "--rounds", "2", "--set", "data.alpha=0.5", "--set", "train.local-steps=3"]
+
+
+def fedkd(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command line in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["fedkd", *words])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "fedgn"], "unknown method 'fedgn'; did you mean 'fedgen'?"),
+        (["run", "fedavg", "--data", "mnsit"], "unknown data set 'mnsit'; did you mean 'mnist'?"),
+        (["run", "fedavg", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["run", "fedavg", "--set", "train.lr=fast"], "train.lr = 'fast'"),
+        (["run", "fedavg", "--set", "train.lr=-1"], "train.lr = -1: input should be greater than 0"),
+        (["run", "fedavg", "--clients", "5000"], "run.clients = 5000 is more than the 1797 examples"),
+        (["run", "fedavg", "--data", "mnist", "--root", "nowhere"], "is not a folder that can be read"),
+        (["run", "fedgen", "--set", "fedgen.layer=hed"], "fedgen.layer = 'hed': the model has no such stage"),
+        (["run", "fedavg", "--clients", "9", "--clients-per-round", "10"], "run.clients-per-round = 10 is more than"),
+        (["run", "fedavg", "--set", "lr"], "'lr' is not an assignment"),
+        (["compare", "fedavg", "--seeds", "1,1"], "must be different numbers"),
+        (["compare", "fedavg", "fedavg"], "named twice"),
+        (["digest", "."], "holds no run"),
+        (["show", "nothing"], "unknown method 'nothing'"),
+        (["reproduce", "fedgan"], "did you mean 'fedgen'?"),
+    ],
+)
+def test_mistakes_get_one_line_and_code_2(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing has started by then: no folder is made."""
+    monkeypatch.chdir(tmp_path)
+    assert fedkd(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_digest_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A run says where its results are; its digest and tables come from there; a second one does not overwrite it."""
+    out = str(tmp_path / "run")
+    assert fedkd(monkeypatch, "run", "fedavg", *SMALL, "--out", out) == 0
+    assert f"results in {out}" in capsys.readouterr().out
+    assert fedkd(monkeypatch, "digest", out) == 0
+    digest = capsys.readouterr().out.strip()
+    assert len(digest) == 64
+    for kind, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
+        assert fedkd(monkeypatch, "export", out, "--format", kind) == 0
+        frame = read(tmp_path / "run" / "export" / f"evaluations.{kind}")
+        assert len(frame) == 2 * 6
+    assert fedkd(monkeypatch, "run", "fedavg", *SMALL, "--out", out) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_compare_goes_on_where_it_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Finished runs are used again; other settings in the same folder are refused; one table, one figure of a kind."""
+    out = str(tmp_path / "both")
+    words = ["compare", "local", "fedavg", *SMALL, "--jobs", "1", "--out", out]
+    assert fedkd(monkeypatch, *words, "--seeds", "1") == 0
+    before = (tmp_path / "both" / "fedavg-s1" / "rounds.jsonl").stat().st_mtime_ns
+    assert fedkd(monkeypatch, *words, "--seeds", "1,2") == 0
+    assert "fedavg seed 1: already finished" in capsys.readouterr().err
+    assert (tmp_path / "both" / "fedavg-s1" / "rounds.jsonl").stat().st_mtime_ns == before
+    table = pd.read_csv(tmp_path / "both" / "table.csv")
+    assert list(table["method"]) == ["local", "fedavg"]
+    assert list(table["seeds"]) == [2, 2]
+    for stem in ("convergence", "fairness"):
+        assert (tmp_path / "both" / f"{stem}.png").stat().st_size > 1000
+    assert fedkd(monkeypatch, *words, "--seeds", "1", "--set", "train.lr=0.2") == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_partition_methods_show_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The commands that only show something."""
+    assert fedkd(monkeypatch, "partition", "--clients", "5", "--out", str(tmp_path)) == 0
+    assert (tmp_path / "partition.png").exists()
+    assert len(pd.read_csv(tmp_path / "partition.csv")) == 10
+    assert fedkd(monkeypatch, "methods") == 0
+    assert "fedgen" in capsys.readouterr().out
+    assert fedkd(monkeypatch, "show", "fedgen") == 0
+    shown = capsys.readouterr().out
+    for part in ("fedkd/methods/fedgen.py", "clients/fedgen.py", "strategies/fedgen.py"):
+        assert part in shown
+    assert fedkd(monkeypatch, "show", "fedprox", "--keys") == 0
+    assert "fedprox.mu" in capsys.readouterr().out
+    assert fedkd(monkeypatch, "doctor") == 0
+    assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`fedkd --help` answers at once because torch, flwr and pandas are imported by the commands that need them."""
+    code = "import sys, sims.cli; print(sorted({'torch', 'flwr', 'pandas', 'ray', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
