@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedkd.errors import UserError, nearest
 
@@ -51,6 +51,13 @@ class RunSection(Section):
     dir: str = Field(
         "", description="absolute folder of the results; empty: a new one under $FEDKD_RUNS or ~/fedkd-runs"
     )
+
+    @field_validator("dir")
+    @classmethod
+    def _absolute(cls, folder: str) -> str:
+        if folder and not Path(folder).is_absolute():
+            raise ValueError("the folder must be absolute, since Flower runs the app from a copy elsewhere")
+        return folder
 
     @model_validator(mode="after")
     def _cohort(self) -> Self:
@@ -111,7 +118,7 @@ class ModelSection(Section):
 class TrainSection(Section):
     """Local training, the same for every method: plain SGD."""
 
-    lr: float = Field(0.05, gt=0, description="learning rate of local SGD")
+    lr: float = Field(0.01, gt=0, description="learning rate of local SGD")
     batch_size: int = Field(32, ge=1, description="examples per step; a smaller client uses all it has")
     local_steps: int = Field(20, ge=0, description="SGD steps per participation; 0: use local-epochs")
     local_epochs: int = Field(1, ge=1, description="passes over the local data when local-steps is 0")
@@ -182,8 +189,8 @@ class Config(BaseModel):
         return tomli_w.dumps(tables)
 
     def digest(self) -> str:
-        """Return a short hash of every setting but the folder of the results."""
-        flat = {k: v for k, v in self.flat().items() if k != "run.dir"}
+        """Return a short hash of every setting but the folders of the results and of the data."""
+        flat = {k: v for k, v in self.flat().items() if k not in ("run.dir", "data.root")}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -331,14 +331,14 @@ def _flat(
     from fedkd.config import RunSection, parse_assignment
 
     flat: dict[str, Scalar] = _given("run.method", method)
-    flat |= _given("data.name", data) | _given("data.root", str(root.expanduser().resolve()) if root else None)
+    flat |= _given("data.name", data) | _given("data.root", str(root) if root else None)
     flat |= _given("run.clients", clients) | _given("run.rounds", rounds)
     flat |= _given("run.clients-per-round", clients_per_round)
     for assignment in settings or []:
         key, value = parse_assignment(assignment)
         flat[key] = value
-    cohort = int(flat.get("run.clients-per-round", RunSection().clients_per_round))
-    if "run.clients-per-round" not in flat and int(flat.get("run.clients", RunSection().clients)) < cohort:
+    number = flat.get("run.clients")
+    if "run.clients-per-round" not in flat and isinstance(number, int) and number < RunSection().clients_per_round:
         flat["run.clients-per-round"] = 0  # the default cohort does not fit: all clients
     return flat
 
@@ -421,8 +421,8 @@ def _print_summary(finished: Run) -> None:
         table.add_row("spread over clients", f"{fair['deviation']:.2%}")
     table.add_row("bytes down and up", f"{summary['bytes_down']:,} and {summary['bytes_up']:,}")
     table.add_row("seconds", f"{summary['seconds']:.1f}")
-    table.add_row("digest", summary["digest"])
     out_console.print(table)
+    out_console.print(f"digest {summary['digest']}", soft_wrap=True, highlight=False)
     out_console.print(f"results in {finished.folder}", soft_wrap=True, highlight=False)
 
 

@@ -29,6 +29,8 @@ def prepare(flat: Mapping[str, Scalar]) -> Config:
     from fedkd.device import pick_device
     from strategies import build
 
+    if root := flat.get("data.root"):
+        flat = {**flat, "data.root": str(Path(str(root)).expanduser().resolve())}
     config = Config.from_flat(flat)
     build(config, federate(config), pick_device(config.run.device))
     return config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import warnings
 
@@ -78,7 +80,7 @@ def _through_flwr_datasets(
         rows = rows.shuffle(seed=seed)
     kind.dataset = rows
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             warnings.simplefilter("ignore")
             parts = [kind.load_partition(client) for client in range(clients)]
     except ValueError as error:
