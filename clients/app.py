@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -40,15 +40,17 @@ def train(message: Message, context: Context) -> Message:
     order = protocol.read_order(message)
     worker = _worker(order.config, context.run_id)
     broadcast = worker.broadcast(message)
+    personal = worker.personal(message, order.clients)
     updates, rows = [], []
     for client in order.clients:
         began = time.perf_counter()
         with _named(client):
             state = worker.state(client, before_round=order.round)
-            job = worker.job(order.round, client)
+            job = worker.job(order.round, client, personal.get(client))
             update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
             update.check(worker.setup.sizes, "the client")
             if new_state is not None:
+                new_state.check(worker.setup.sizes, "the client")
                 worker.store.save(new_state, client, order.round)
         updates.append(update)
         row: dict[str, Any] = {"client": client, "examples": len(worker.shard(client, "train"))}
@@ -125,11 +127,19 @@ class Worker:
         """Return the message's broadcast, checked, on the device."""
         return unpack(self.method.Broadcast, protocol.arrays(message, "broadcast"), self.setup.sizes, ["the server"])[0]
 
+    def personal(self, message: Message, clients: Sequence[int]) -> dict[int, Record]:
+        """Return what the message brings for each client alone, checked; empty for methods without."""
+        if self.method.Personal is None:
+            return {}
+        owners = [f"the server for client {client}" for client in clients]
+        records = unpack(self.method.Personal, protocol.arrays(message, "personal"), self.setup.sizes, owners)
+        return dict(zip(clients, records, strict=True))
+
     def state(self, client: int, before_round: int) -> Record | None:
         """Return what the client kept, or None."""
         return self.store.load(self.method.State, client, before_round, self.setup.sizes)
 
-    def job(self, round: int, client: int) -> Job:
+    def job(self, round: int, client: int, personal: Record | None = None) -> Job:
         """Return a client's job in a round."""
         return Job(
             config=self.config,
@@ -139,6 +149,7 @@ class Worker:
             client=client,
             initial_parameters=self.initial,
             extras=self.setup.extras,
+            personal=personal,
         )
 
 

@@ -51,6 +51,7 @@ class Job:
         round: the current round, from 1.
         client: the client's number.
         initial_parameters: the model's parameters ``[P]`` before any training, the same for all clients.
+        personal: what the server sent to this client alone when it trains; None for methods without, and in scoring.
         extras: workspaces of the method's own (a generator, say), by name.
     """
 
@@ -61,6 +62,7 @@ class Job:
     client: int
     initial_parameters: torch.Tensor
     extras: dict[str, FlatModel]
+    personal: Any = None
 
     @property
     def hyper(self) -> Any:

@@ -42,6 +42,7 @@ class Method:
         Broadcast: what the server sends to every sampled client.
         Update: what a client returns.
         State: what a client keeps between its participations.
+        Personal: what the server sends to one client only, beside the broadcast; None: nothing.
         paper: the source; None for a control.
         variants: readings of the paper that ``<name>.variant`` selects.
         extras: ``(hyper, model, classes, streams, device)`` to workspaces beside the model that both halves hold, by
@@ -54,6 +55,7 @@ class Method:
     Broadcast: type[Record]
     Update: type[Record]
     State: type[Record]
+    Personal: type[Record] | None = None
     paper: Paper | None = None
     variants: tuple[str, ...] = ()
     extras: Callable[..., dict[str, FlatModel]] | None = None

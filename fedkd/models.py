@@ -98,7 +98,9 @@ class FlatModel:
         self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
         self.parameters = torch.cat([p.detach().reshape(-1) for p in tensors])
         self.gradient = torch.zeros_like(self.parameters)
-        self.norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        named = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.norms = [m for _, m in named]
+        self.statistics_shapes = {f"{n}.{s}": m.num_features for n, m in named for s in ("running_mean", "running_var")}
         owned = [(m, name) for m in self.norms for name in ("running_mean", "running_var")]
         parts = [getattr(m, name).detach().reshape(-1) for m, name in owned]
         self.statistics = torch.cat(parts) if parts else torch.zeros(0, device=self.device)
@@ -107,11 +109,8 @@ class FlatModel:
         ):
             parameter.data = view
             parameter.grad = gradient
-        offset = 0
-        for norm, name in owned:
-            size = norm.num_features
-            setattr(norm, name, self.statistics[offset : offset + size])
-            offset += size
+        for (norm, name), view in zip(owned, self.unflatten_statistics(self.statistics).values(), strict=True):
+            setattr(norm, name, view)
 
     def unflatten(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return views of a parameter vector ``[..., P]`` by parameter name, each ``[..., *shape]``."""
@@ -121,6 +120,11 @@ class FlatModel:
             views[name] = vector[..., offset : offset + size].reshape(*vector.shape[:-1], *shape)
             offset += size
         return views
+
+    def unflatten_statistics(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views of a statistics vector ``[..., S]`` by buffer name, each ``[..., features]``."""
+        sizes = list(self.statistics_shapes.values())
+        return dict(zip(self.statistics_shapes, torch.split(vector, sizes, dim=-1), strict=True)) if sizes else {}
 
     def slice_of(self, stages: Callable[[str], bool]) -> torch.Tensor:
         """Return a boolean mask ``[P]`` of the parameters whose stage satisfies the predicate (staged models)."""

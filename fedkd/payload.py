@@ -130,7 +130,12 @@ def unpack(kind: type[R], arrays: ArrayRecord, sizes: Sizes, owners: Sequence[st
         )
     columns = {}
     for name in kind.specs():
-        column = torch.from_numpy(np.array(arrays[name].numpy()))
+        try:
+            column = torch.from_numpy(np.array(arrays[name].numpy()))
+        except Exception as error:
+            raise PayloadError(
+                f"{kind.__name__}.{name} from {', '.join(owners)} is no array: {type(error).__name__}: {error}"
+            ) from error
         if column.ndim == 0 or column.shape[0] != len(owners):
             raise PayloadError(
                 f"{kind.__name__}.{name} of {', '.join(owners)}: {tuple(column.shape)} is not one row each"

@@ -1,12 +1,13 @@
 """The messages of a round: an order to a node, and its reply.
 
-An order holds ``order`` (the configuration, round and client numbers) and ``broadcast`` (the payload, once per node).
-A reply holds ``rows`` (one column per metric, one value per client) and, after training, ``updates`` (stacked
-payloads).
+An order holds ``order`` (the configuration, round and client numbers), ``broadcast`` (the payload, once per node) and,
+for methods that have them, ``personal`` (stacked payloads, one for each of the clients).
+A reply holds ``rows`` (JSON, one object of metrics per client) and, after training, ``updates`` (stacked payloads).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,10 +29,15 @@ class Order:
 Row = dict[str, Any]
 
 
-def order(config: str, round: int, clients: Sequence[int], broadcast: ArrayRecord) -> RecordDict:
+def order(
+    config: str, round: int, clients: Sequence[int], broadcast: ArrayRecord, personal: ArrayRecord | None = None
+) -> RecordDict:
     """Build the content of an order."""
     asked = ConfigRecord({"config": config, "round": round, "clients": list(map(int, clients))})
-    return RecordDict({"order": asked, "broadcast": broadcast})
+    content = RecordDict({"order": asked, "broadcast": broadcast})
+    if personal is not None:
+        content["personal"] = personal
+    return content
 
 
 def read_order(message: Message) -> Order:
@@ -41,21 +47,24 @@ def read_order(message: Message) -> Order:
 
 
 def reply(rows: Sequence[Row], updates: ArrayRecord | None = None) -> RecordDict:
-    """Build the content of a reply.  A name that only some rows have is NaN in the others."""
-    columns = {
-        name: [row.get(name, float("nan")) for row in rows] for name in dict.fromkeys(k for r in rows for k in r)
-    }
-    content = RecordDict({"rows": ConfigRecord({name: _same_type(values) for name, values in columns.items()})})
+    """Build the content of a reply."""
+    content = RecordDict({"reply": ConfigRecord({"rows": json.dumps(list(rows))})})
     if updates is not None:
         content["updates"] = updates
     return content
 
 
 def read_rows(message: Message) -> list[Row]:
-    """Read the rows of a reply; a NaN stands for a value that the client does not have, and is left out."""
-    columns = dict(message.content.config_records["rows"])
-    names, values = list(columns), [cast(list[Any], v) for v in columns.values()]
-    return [{n: v for n, v in zip(names, row, strict=True) if v == v} for row in zip(*values, strict=True)]
+    """Read the rows of a reply.
+
+    Raises:
+        PayloadError: there are none, or they are not JSON objects with a client each.
+    """
+    try:
+        rows = json.loads(cast(str, message.content.config_records["reply"]["rows"]))
+        return [{**row, "client": int(row["client"])} for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PayloadError(f"the rows of a reply cannot be read: {type(error).__name__}: {error}") from error
 
 
 def arrays(message: Message, name: str) -> ArrayRecord:
@@ -67,8 +76,3 @@ def arrays(message: Message, name: str) -> ArrayRecord:
     if name not in message.content.array_records:
         raise PayloadError(f"the message has no '{name}'")
     return message.content.array_records[name]
-
-
-def _same_type(values: list[Any]) -> list[Any]:
-    """Flower wants lists of one type."""
-    return values if all(type(v) is type(values[0]) for v in values) else [float(v) for v in values]

@@ -66,6 +66,7 @@ class Setup:
             "shared_statistics": statistics if config.model.norm_statistics == "averaged" else 0,
             "classes": classes,
             "clients": config.run.clients,
+            "cohort": config.run.cohort,
         }
         for name, extra in extras.items():
             sizes |= {name: extra.parameters.numel(), f"{name}_statistics": extra.statistics.numel()}

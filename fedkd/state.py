@@ -38,14 +38,16 @@ class ClientStore:
         return kind(**tensors).check(sizes, f"client {client} (stored state of round {versions[-1]})")
 
     def save(self, state: Record, client: int, round: int) -> None:
-        """Write the state after a round, whole or not at all, and drop all but the newest versions."""
+        """Write the state after a round, whole or not at all, and drop later versions and all but the newest."""
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in state.tensors().items()}))
         part.replace(path)
-        for old in self._versions(client)[:-KEPT_VERSIONS]:
-            self._path(client, old).unlink(missing_ok=True)
+        versions = self._versions(client)
+        replayed = [r for r in versions if r > round]
+        for other in [*replayed, *[r for r in versions if r <= round][:-KEPT_VERSIONS]]:
+            self._path(client, other).unlink(missing_ok=True)
 
     def _path(self, client: int, round: int) -> Path:
         return self.folder / f"{client:06d}" / f"{round:06d}.safetensors"

@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -56,7 +56,7 @@ class FederatedStrategy(Strategy):
         self.state: Record = half.init(setup)
         self._asked: dict[int, list[int]] = {}  # node -> clients of the exchange under way
         self._cohort: list[int] = []
-        self._bytes_down = 0
+        self._bytes_down: dict[int, int] = {}
         self._began = 0.0
         self._row: dict[str, Any] = {}
 
@@ -80,8 +80,11 @@ class FederatedStrategy(Strategy):
             self._start_from(arrays)
         self._cohort = self.cohort(server_round)
         broadcast = self.half.broadcast(self.setup, self.state, server_round).check(self.setup.sizes, "the server")
-        self._bytes_down = wire_bytes(broadcast)
-        return self._orders(MessageType.TRAIN, server_round, self._cohort, broadcast, grid)
+        personal = self._personal(server_round)
+        self._bytes_down = {
+            client: wire_bytes(broadcast) + (wire_bytes(personal[client]) if personal else 0) for client in self._cohort
+        }
+        return self._orders(MessageType.TRAIN, server_round, self._cohort, broadcast, grid, personal)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -95,7 +98,7 @@ class FederatedStrategy(Strategy):
             updates |= dict(zip(clients, records, strict=True))
             rows += protocol.read_rows(reply)
         for row in rows:
-            row |= {"bytes_down": self._bytes_down, "bytes_up": wire_bytes(updates[row["client"]])}
+            row |= {"bytes_down": self._bytes_down[row["client"]], "bytes_up": wire_bytes(updates[row["client"]])}
         arrived = time.perf_counter()
         self.state, metrics = self.half.update(
             self.setup, self.state, [updates[client] for client in self._cohort], server_round
@@ -140,7 +143,24 @@ class FederatedStrategy(Strategy):
         correct = [row.get("personal_correct", row.get("global_correct", 0)) / row["total"] for row in scored]
         return MetricRecord({"accuracy": float(np.mean(correct))})
 
-    def _orders(self, kind: str, round: int, clients: Iterable[int], broadcast: Record, grid: Grid) -> list[Message]:
+    def _personal(self, round: int) -> dict[int, Record]:
+        """Return what each client of the cohort gets for itself alone; empty for methods without."""
+        if self.method.Personal is None:
+            return {}
+        return {
+            client: self.half.personal(self.setup, self.state, round, client).check(self.setup.sizes, "the server")
+            for client in self._cohort
+        }
+
+    def _orders(
+        self,
+        kind: str,
+        round: int,
+        clients: Iterable[int],
+        broadcast: Record,
+        grid: Grid,
+        personal: Mapping[int, Record] | None = None,
+    ) -> list[Message]:
         """Spread clients over the nodes, longest first, and write one order per node."""
         nodes = self._nodes(grid)
         load: dict[int, float] = dict.fromkeys(nodes, 0.0)
@@ -153,7 +173,9 @@ class FederatedStrategy(Strategy):
         packed = pack([broadcast])
         return [
             Message(
-                protocol.order(self._config, round, mine, packed),
+                protocol.order(
+                    self._config, round, mine, packed, pack([personal[c] for c in mine]) if personal else None
+                ),
                 dst_node_id=node,
                 message_type=kind,
                 group_id=str(round),
@@ -173,11 +195,7 @@ class FederatedStrategy(Strategy):
             clients = asked.pop(reply.metadata.src_node_id)
             if reply.has_error():
                 raise RoundError(f"clients {_listed(clients)} failed: {_said(reply.error.reason or 'no reason given')}")
-            try:
-                rows = protocol.read_rows(reply)
-            except KeyError as error:
-                raise PayloadError(f"the reply for clients {_listed(clients)} has no rows") from error
-            if [row["client"] for row in rows] != clients:
+            if [row["client"] for row in protocol.read_rows(reply)] != clients:
                 raise PayloadError(f"the reply for clients {_listed(clients)} is for other clients")
             answers.append((clients, reply))
         if asked:

@@ -167,26 +167,18 @@ def _train_generator(
 def _ensemble(setup: Setup, updates: Sequence[Update]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return features ``[batch, ...]`` to the logits ``[clients, batch, classes]`` of all clients' last stages."""
     hyper: Hyper = setup.hyper
-    stacked = torch.stack([u.parameters for u in updates]).to(setup.model.device)
     names = setup.staged.stage_names[setup.staged.stage_names.index(hyper.layer) :]
-    parameters = {name: view for name, view in setup.model.unflatten(stacked).items() if name.split(".")[1] in names}
-    module = setup.staged
-    module.eval()
-    if len(setup.model.statistics) and len(updates[0].statistics):
-        # BatchNorm behind the layer: its averaged statistics differ by client, so one client at a time.
-        def one_by_one(features: torch.Tensor) -> torch.Tensor:
-            rows = []
-            for index, u in enumerate(updates):
-                setup.model.load(u.parameters, u.statistics)
-                mine = {name: view[index] for name, view in parameters.items()}
-                rows.append(functional_call(module, mine, (features,), {"start": hyper.layer}))
-            return torch.stack(rows)
-
-        return one_by_one
+    parameters = torch.stack([u.parameters for u in updates]).to(setup.model.device)
+    statistics = torch.stack([u.statistics for u in updates]).to(setup.model.device)
+    tensors = setup.model.unflatten(parameters)
+    if statistics.shape[1]:
+        tensors |= setup.model.unflatten_statistics(statistics)
+    tensors = {name: view for name, view in tensors.items() if name.split(".")[1] in names}
+    module = setup.staged.eval()
 
     def one(mine: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = functional_call(module, mine, (features,), {"start": hyper.layer})
         return out
 
     batched = torch.func.vmap(one, in_dims=(0, None))
-    return lambda features: batched(parameters, features)
+    return lambda features: batched(tensors, features)

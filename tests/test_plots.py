@@ -163,7 +163,7 @@ class TestComparison:
     def test_settings_of_one_method_are_separate_rows(self, write: Write, runs: list[Run]) -> None:
         more = write("fedavg", 1, None, [[10, 10]], **{"train.lr": 0.5})
         frame = comparison([*runs[2:4], more])
-        assert list(frame["method"]) == ["fedavg (train.lr=0.05)", "fedavg (train.lr=0.5)"]
+        assert list(frame["method"]) == ["fedavg (train.lr=0.01)", "fedavg (train.lr=0.5)"]
         assert list(frame["seeds"]) == [2, 1]
 
     def test_nearest_local_setting_is_the_comparison(self, write: Write, runs: list[Run]) -> None:
@@ -171,7 +171,7 @@ class TestComparison:
         mine = write("fedavg", 1, None, [[1, 1]], **{"train.lr": 0.5})
         frame = comparison([runs[0], weak, runs[2], mine]).set_index("method")
         assert frame.loc["fedavg (train.lr=0.5)", "hurt"] == 0
-        assert frame.loc["fedavg (train.lr=0.05)", "hurt"] == 1
+        assert frame.loc["fedavg (train.lr=0.01)", "hurt"] == 1
 
     def test_unequal_lengths_use_each_last_evaluation_and_say_so(self, write: Write, runs: list[Run]) -> None:
         short = write("fedavg", 2, None, [[1, 1]], **{"run.rounds": 1})

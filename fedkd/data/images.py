@@ -231,7 +231,7 @@ def _read_parquet(name: str, source: Source, folder: Path | None) -> tuple[dict[
         if split not in loaded:
             continue
         rows = loaded[split]
-        pixels = np.stack([_pixels(picture) for picture in rows[image]])
+        pixels = _decoded(rows, image, f"data set '{name}', split {split}")
         columns: Columns = {"x": pixels, "y": np.asarray(rows[label], dtype=np.int64)}
         if source.writer:
             for writer in sorted(set(rows[source.writer])):
@@ -241,6 +241,26 @@ def _read_parquet(name: str, source: Source, folder: Path | None) -> tuple[dict[
     kind = features[label]
     count = int(max(c["y"].max() for c in splits.values())) + 1
     return splits, list(getattr(kind, "names", None) or map(str, range(count)))
+
+
+def _decoded(rows: Any, column: str, whose: str) -> Bytes:
+    """Return all images of a split ``[n, channels, height, width]``.
+
+    Raises:
+        UserError: an image that cannot be decoded, or one of another size or kind than the first.
+    """
+    rows, images = rows.select_columns([column]), list[Bytes]()
+    for number in range(len(rows)):
+        try:
+            images.append(_pixels(rows[number][column]))
+        except Exception as error:
+            raise UserError(f"{whose}: image {number} cannot be decoded: {type(error).__name__}: {error}") from error
+        if images[-1].shape != images[0].shape:
+            raise UserError(
+                f"{whose}: image {number} is {'x'.join(map(str, images[-1].shape))}, the first one "
+                f"{'x'.join(map(str, images[0].shape))} (channels x height x width); all have to be alike"
+            )
+    return np.stack(images)
 
 
 def _only(features: Any, kind: type, name: str, what: str) -> str:
@@ -261,6 +281,8 @@ def _read_idx(folder: Path) -> tuple[dict[str, Columns], list[str]]:
     splits: dict[str, Columns] = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         x, y = _idx(folder, f"{prefix}-images"), _idx(folder, f"{prefix}-labels")
+        if len(x) != len(y):
+            raise UserError(f"the folder {folder} has {len(x)} {split} images and {len(y)} labels")
         splits[split] = {"x": x[:, None], "y": y.astype(np.int64)}
     return splits, [str(c) for c in range(10)]
 
@@ -270,14 +292,15 @@ def _idx(folder: Path, prefix: str) -> Bytes:
     path = next(iter(sorted(folder.glob(f"{prefix}*"))), None)
     if path is None:
         raise UserError(f"the folder {folder} has no idx file {prefix}*")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        raw = file.read()
-    dimensions = raw[3] if len(raw) > 4 and raw[:3] == b"\x00\x00\x08" else 0
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, 4)) if dimensions else ()
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions) if dimensions else np.zeros(0, np.uint8)
-    if not dimensions or values.size != int(np.prod(shape)):
-        raise UserError(f"{path} is not an idx file of bytes, or it is cut short")
-    return values.reshape(shape)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            raw = file.read()
+        if raw[:3] != b"\x00\x00\x08":
+            raise ValueError("not an idx file of bytes")
+        shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4))
+        return np.frombuffer(raw, np.uint8, int(np.prod(shape)), 4 + 4 * raw[3]).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not an idx file of bytes, or it is cut short") from error
 
 
 def _open(name: str, source: Source, cache: Path) -> Images:

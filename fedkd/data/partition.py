@@ -122,6 +122,9 @@ def fedgen_partition(
             if ratio < 1:
                 shuffled = shuffled[: int(min(full, int(ratio * len(positions))))]
             shares = rng.dirichlet(np.repeat(alpha, clients)) * (sizes < full)
+            if not shares.sum() > 0:  # the class fell wholly to clients that are full already
+                sizes[:] = 0
+                break
             cuts = (np.cumsum(shares / shares.sum()) * len(shuffled)).astype(int)[:-1]
             for client, part in enumerate(np.split(np.asarray(shuffled, dtype=np.int64), cuts)):
                 held[client].append(positions[part])
