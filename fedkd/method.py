@@ -47,6 +47,7 @@ class Method:
         variants: readings of the paper that ``<name>.variant`` selects.
         extras: ``(hyper, model, classes, streams, device)`` to workspaces beside the model that both halves hold, by
             name; records may use the dimensions ``<name>`` and ``<name>_statistics``.
+        sizes: ``(hyper, model)``, the second a :class:`fedkd.models.FlatModel`, to further dimensions of the records.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Method:
     paper: Paper | None = None
     variants: tuple[str, ...] = ()
     extras: Callable[..., dict[str, FlatModel]] | None = None
+    sizes: Callable[..., dict[str, int]] | None = None
 
 
 @cache

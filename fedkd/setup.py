@@ -68,6 +68,8 @@ class Setup:
             "clients": config.run.clients,
             "cohort": config.run.cohort,
         }
+        if method.sizes:
+            sizes |= method.sizes(config.hyper, model)
         for name, extra in extras.items():
             sizes |= {name: extra.parameters.numel(), f"{name}_statistics": extra.statistics.numel()}
         return cls(config, classes, model, extras, streams, sizes)
