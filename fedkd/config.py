@@ -83,7 +83,11 @@ class DataSection(Section):
         "dirichlet", description="fedgen is the Dirichlet recipe of FedGen's authors, replayed with data.seed"
     )
     alpha: float = Field(0.1, gt=0, description="Dirichlet concentration: smaller is more skewed")
-    classes_per_client: int = Field(2, ge=1, description="classes per client of the pathological partition")
+    classes_per_client: int = Field(
+        2,
+        ge=1,
+        description="classes per client of the pathological partition; classes that no client draws are left out",
+    )
     min_size: int = Field(10, ge=1, description="fewest examples a client may hold (Dirichlet)")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training data that is dealt out")
     test: Literal["pooled", "own-labels"] = Field(

@@ -42,9 +42,9 @@ def main(grid: Grid, context: Context) -> None:
 def _run(config: Config, grid: Grid, run_id: int) -> None:
     folder = run_folder(config, run_id)
     data = federate(config)
-    recorder = Recorder(folder, config, data.csv())
+    strategy = build(config, data, pick_device(config.run.device))
+    recorder = strategy.recorder = Recorder(folder, config, data.csv())
     try:
-        strategy = build(config, data, pick_device(config.run.device), recorder)
         strategy.start(grid, ArrayRecord(), num_rounds=config.run.rounds)
         recorder.finish(strategy.state)
     except Exception as error:

@@ -1,0 +1,148 @@
+"""What all tests share: an isolated place for caches and results, tiny runs, and tiny data sets on disk."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+with warnings.catch_warnings():  # Flower's Typer imports names that Click deprecates
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import flwr.app  # noqa: F401
+
+from fedkd.config import Config, Scalar
+from fedkd.method import load, names
+
+TINY: dict[str, Scalar] = {
+    "run.clients": 6,
+    "run.clients-per-round": 3,
+    "run.rounds": 3,
+    "run.device": "cpu",
+    "data.name": "digits",
+    "data.min-size": 2,
+    "data.alpha": 0.5,
+    "train.lr": 0.05,
+    "train.local-steps": 4,
+    "train.batch-size": 16,
+}
+"""A run of a tenth of a second."""
+TINY_METHOD: dict[str, Scalar] = {"fedgen.generator-steps": 4}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep caches and results away from the user's, and sums in one order."""
+    from fedkd import results
+
+    base = tmp_path_factory.mktemp("isolated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDKD_CACHE", str(base / "cache"))
+        patch.setenv("FEDKD_RUNS", str(base / "runs"))
+        patch.setattr(results, "environment", functools.cache(results.environment))  # a quarter of a tiny run
+        torch.set_num_threads(1)
+        yield
+
+
+def tiny(method: str = "fedavg", /, **flat: Any) -> Config:
+    """Return a tiny configuration of a method with some keys changed."""
+    own = {key: value for key, value in TINY_METHOD.items() if key.startswith(f"{method}.")}
+    return Config.from_flat({**TINY, **own, "run.method": method, **flat})
+
+
+def cases() -> list[tuple[str, dict[str, Scalar]]]:
+    """Return every method in each of its variants, as (name, keys that select the variant)."""
+    return [
+        (name, {f"{name}.variant": variant} if variant else {})
+        for name in names()
+        for variant in (load(name).variants or ("",))
+    ]
+
+
+def case_id(case: object) -> str:
+    """Name a case after its method and variant."""
+    return "-".join(map(str, case.values())) or "only" if isinstance(case, dict) else str(case)
+
+
+def by_case(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test for every method in each of its variants."""
+    decorated: Callable[..., None] = pytest.mark.parametrize(("method", "variant"), cases(), ids=case_id)(test)
+    return decorated
+
+
+@pytest.fixture(scope="session")
+def run_inline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
+    """Return ``run_inline(method, nodes=1, again=False, **flat)`` to the finished run of a tiny configuration.
+
+    Equal calls share one run, unless ``again`` asks for another one.
+    """
+    from fedkd.results import Run
+    from sims.inline import run
+
+    done: dict[object, Run] = {}
+    number = itertools.count()
+
+    def run_inline(method: str, nodes: int = 1, again: bool = False, **flat: Scalar) -> Run:
+        config = tiny(method, **flat)
+        key = (nodes, *config.flat().items())
+        if again or key not in done:
+            folder = tmp_path_factory.mktemp(f"run-{next(number)}")
+            run(tiny(method, **{**flat, "run.dir": str(folder)}), nodes)
+            finished = Run.open(folder)
+            if again:
+                return finished
+            done[key] = finished
+        return done[key]
+
+    return run_inline
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Callable[..., object]:
+    """Return ``worker(method, **flat)``: what a node's process holds, to call a client half directly."""
+    from clients.app import Worker
+
+    return lambda method="fedavg", **flat: Worker(tiny(method, **{"run.dir": str(tmp_path), **flat}), run_id=1)
+
+
+def write_idx(path: Path, values: npt.NDArray[np.uint8], keep: int | None = None) -> None:
+    """Write an idx file of bytes, packed when its name ends in .gz, cut after ``keep`` bytes."""
+    raw = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+    path.write_bytes((gzip.compress(raw) if path.suffix == ".gz" else raw)[:keep])
+
+
+def tiny_images(count: int, seed: int, channels: int = 1) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return learnable images ``[count, 8, 8]`` (or ``[count, 8, 8, 3]``) of ten classes in turn, and their classes."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    shape = (count, 8, 8) if channels == 1 else (count, 8, 8, channels)
+    x = rng.integers(0, 60, shape)
+    x[np.arange(count), labels % 8] += 120
+    x[np.arange(count), :, labels // 2] += 60
+    return x.astype(np.uint8), labels
+
+
+def write_idx_folder(folder: Path, suffix: str = "", train: int = 200, test: int = 100) -> Path:
+    """Write a tiny data set as the four idx files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for prefix, count, seed in (("train", train, 0), ("t10k", test, 1)):
+        x, y = tiny_images(count, seed)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", x)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", y)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def idx_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with a tiny idx data set: 200 training and 100 test images of ten classes."""
+    return str(write_idx_folder(tmp_path_factory.mktemp("idx")))

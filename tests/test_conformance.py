@@ -1,0 +1,437 @@
+"""The one suite that every method passes; methods and their settings are discovered, never listed here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import numpy as np
+import pytest
+import torch
+from conftest import by_case, case_id, cases, tiny
+from flwr.app import Array
+from flwr.serverapp.strategy import Strategy
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+import strategies
+from fedkd.config import Config, HyperParameters, Scalar, TrainSection
+from fedkd.data import federate
+from fedkd.method import load, names
+from fedkd.payload import Record, pack, unpack
+from fedkd.results import Run
+from fedkd.setup import Setup
+
+RunInline = Callable[..., Run]
+Keys = dict[str, Scalar]
+
+
+# 1. A history is a function of (configuration, seed).
+
+
+@by_case
+def test_the_same_run_twice_has_one_digest(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """The global generators of Python, NumPy and PyTorch must not matter, nor what ran before in the process."""
+    first = run_inline(method, **variant)
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    assert run_inline(method, again=True, **variant).digest() == first.digest()
+
+
+ELSEWHERE = """
+import json, sys
+from fedkd.config import Config
+from fedkd.results import Run
+from sims.inline import run
+for flat in json.loads(sys.argv[1]):
+    run(Config.from_flat(flat), nodes=2)
+    print("digest", Run.open(flat["run.dir"]).digest())
+"""
+
+
+@pytest.mark.slow
+def test_another_process_gives_the_same_digests(run_inline: RunInline, tmp_path: Path) -> None:
+    """Neither the order of sets, which Python draws anew for each process, nor idle threads may matter."""
+    configs = [tiny(m, **variant, **{"run.dir": str(tmp_path / f"{m}{n}")}) for n, (m, variant) in enumerate(cases())]
+    argument = json.dumps([config.flat() for config in configs])
+    environment = {**os.environ, "PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, argument],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    digests = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("digest ")]
+    assert digests == [run_inline(method, **variant).digest() for method, variant in cases()]
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+@by_case
+def test_the_number_of_nodes_does_not_matter(run_inline: RunInline, method: str, variant: Keys, nodes: int) -> None:
+    """Nodes are workers: who trains where must not reach a result."""
+    assert run_inline(method, nodes=nodes, **variant).digest() == run_inline(method, **variant).digest()
+
+
+@by_case
+def test_another_seed_gives_another_run(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """A seed that is not read would make every repetition of an experiment the same."""
+    other = run_inline(method, **variant, **{"run.seed": 2, "data.seed": 1})
+    assert other.digest() != run_inline(method, **variant).digest()
+
+
+@by_case
+def test_is_a_genuine_flower_strategy(method: str, variant: Keys) -> None:
+    """``strategies.build`` works in anybody's ServerApp."""
+    config = tiny(method, **variant)
+    assert isinstance(strategies.build(config, federate(config)), Strategy)
+
+
+# 2. Every hyper-parameter changes the result.
+
+
+SHORT: Keys = {"run.rounds": 2, "run.eval-every": 2}
+"""Two rounds: some settings act from the second one on."""
+
+
+def only(field: FieldInfo) -> dict[str, Scalar]:
+    """Return the settings without which a field has no effect, as its declaration says."""
+    extra = field.json_schema_extra
+    found = extra.get("only", {}) if isinstance(extra, dict) else {}
+    assert isinstance(found, dict)
+    return found  # type: ignore[return-value]
+
+
+def changed_values(kind: type[Any], name: str, value: Any, stages: Sequence[str]) -> list[Any]:
+    """Return other values of a field that its declaration allows."""
+    annotation = kind.model_fields[name].annotation
+    if get_origin(annotation) is Literal:
+        found: list[Any] = list(get_args(annotation))
+    elif annotation is bool:
+        found = [not value]
+    elif annotation is int:
+        found = [value + 1, value * 2, value - 1, 1]
+    elif annotation is float:
+        found = [value * 2, value / 2, 0.5]
+    elif annotation is str and value in stages:
+        found = list(stages)
+    else:
+        raise AssertionError(f"no rule how to change {kind.__name__}.{name}: {annotation}; add one here")
+    return [other for other in found if other != value and _allowed(kind, name, other)]
+
+
+def _allowed(kind: type[Any], name: str, value: Any) -> bool:
+    try:
+        kind.model_validate({name: value})
+    except ValidationError:
+        return False
+    return True
+
+
+def key(method: str, field: str) -> str:
+    """Return a field's key as users write it."""
+    return f"{method}.{field.replace('_', '-')}"
+
+
+def fields() -> list[tuple[str, Keys, str]]:
+    """Return (method, keys that select the variant, field) wherever the field must have an effect."""
+    return [
+        (method, variant, name)
+        for method, variant in cases()
+        for name, field in load(method).hyper.model_fields.items()
+        if all(variant.get(key(method, other), wanted) == wanted for other, wanted in only(field).items())
+        and not (name == "variant" and variant != cases_of(method)[0])
+    ]
+
+
+def cases_of(method: str) -> list[Keys]:
+    """Return the variants of one method."""
+    return [variant for name, variant in cases() if name == method]
+
+
+@pytest.mark.parametrize(("method", "variant", "field"), fields(), ids=case_id)
+def test_every_hyper_parameter_changes_the_result(
+    run_inline: RunInline, method: str, variant: Keys, field: str
+) -> None:
+    """A setting that is parsed and never read misleads whoever tunes it."""
+    hyper = load(method).hyper
+    needed = {key(method, other): value for other, value in only(hyper.model_fields[field]).items()}
+    base = {**needed, **variant, **SHORT}
+    config = tiny(method, **base)
+    stages = setup_of(config).staged.stage_names
+    values = changed_values(hyper, field, getattr(config.hyper, field), stages)
+    before = run_inline(method, **base).digest()
+    changed = (run_inline(method, **{**base, key(method, field): value}).digest() for value in values)
+    assert any(digest != before for digest in changed), f"{key(method, field)} changes nothing"
+
+
+@by_case
+def test_hyper_parameters_of_another_variant_change_nothing(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """What a contract marks as another variant's is not read by this one, so variants are never blended."""
+    hyper, config = load(method).hyper, tiny(method, **variant)
+    foreign = [
+        name
+        for name, field in hyper.model_fields.items()
+        if any(variant.get(key(method, other), wanted) != wanted for other, wanted in only(field).items())
+    ]
+    stages = setup_of(config).staged.stage_names
+    changes = {key(method, n): changed_values(hyper, n, getattr(config.hyper, n), stages)[0] for n in foreign}
+    assert run_inline(method, **variant, **changes).digest() == run_inline(method, **variant).digest()
+
+
+NEEDED_BY_TRAIN: dict[str, Keys] = {
+    "local_epochs": {"train.local-steps": 0},
+    "last_batch": {"train.batch-size": 48, "train.local-steps": 0},
+    "lr_decay_from": {"train.lr-decay": 0.5},
+}
+"""Settings of local training that act only beside others."""
+
+
+@pytest.mark.parametrize("field", TrainSection.model_fields)
+def test_every_setting_of_local_training_changes_the_result(run_inline: RunInline, field: str) -> None:
+    """The common settings are held to the same rule as a method's own."""
+    base = {**NEEDED_BY_TRAIN.get(field, {}), **({} if field == "lr_decay_from" else SHORT)}
+    values = changed_values(TrainSection, field, getattr(tiny("fedavg", **base).train, field), ())
+    changed = run_inline("fedavg", **{**base, key("train", field): values[0]})
+    assert changed.digest() != run_inline("fedavg", **base).digest(), f"{key('train', field)} changes nothing"
+
+
+def test_a_hyper_parameter_that_changes_nothing_would_be_found() -> None:
+    """The rules for changed values give another value for every kind of field there is."""
+
+    class Every(HyperParameters):
+        flag: bool = False
+        count: int = 3
+        share: float = 0.98
+        choice: Literal["a", "b"] = "a"
+        layer: str = "head"
+
+    for name, field in Every.model_fields.items():
+        assert changed_values(Every, name, field.default, ("hidden", "head"))
+
+
+# 3. Payloads travel without loss.
+
+
+def setup_of(config: Config) -> Setup:
+    """Return what both halves start from."""
+    data = federate(config)
+    return Setup.build(config, data.images.shape, data.classes, torch.device("cpu"))
+
+
+def same_bits(first: Record, second: Record) -> bool:
+    """Compare two records bit for bit."""
+    return all(
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        for a, b in zip(first.tensors().values(), second.tensors().values(), strict=True)
+    )
+
+
+class Exchange(NamedTuple):
+    """What crosses the network when two clients take part in the first round."""
+
+    broadcast: Record
+    personal: list[Record]
+    updates: list[Record]
+
+
+def participate(worker: Any, client: int, broadcast: Record, personal: Record | None) -> Any:
+    """Return what one client's first participation gives."""
+    return worker.half.update(worker.job(1, client, personal), broadcast, None, worker.shard(client, "train"))
+
+
+def exchange(worker: Any) -> Exchange:
+    """Let clients 0 and 4 take part in the first round, without the apps in between."""
+    server = importlib.import_module(f"strategies.{worker.method.name}")
+    setup = setup_of(worker.config)
+    state = server.init(setup)
+    broadcast = server.broadcast(setup, state, 1)
+    personal = [server.personal(setup, state, 1, c) for c in (0, 4)] if worker.method.Personal else []
+    own = personal or [None, None]
+    updates = [participate(worker, c, broadcast, mine).update for c, mine in zip((0, 4), own, strict=True)]
+    return Exchange(broadcast, personal, updates)
+
+
+@by_case
+def test_payloads_survive_the_journey(worker: Callable[..., Any], method: str, variant: Keys) -> None:
+    """What a half returns and what the other side reads are the same bits."""
+    node = worker(method, **variant)
+    sent = exchange(node)
+    for records in filter(None, ([sent.broadcast], sent.personal, sent.updates)):
+        kind, owners = type(records[0]), [f"client {n}" for n in range(len(records))]
+        arrived = unpack(kind, pack(records), node.setup.sizes, owners)
+        assert all(same_bits(a, b) for a, b in zip(records, arrived, strict=True))
+
+
+@by_case
+def test_halves_return_the_types_of_the_contract(worker: Callable[..., Any], method: str, variant: Keys) -> None:
+    """Nothing but the declared payload can cross the network, and state is what the contract says."""
+    node = worker(method, **variant)
+    sent = exchange(node)
+    assert type(sent.broadcast) is node.method.Broadcast
+    assert all(type(update) is node.method.Update for update in sent.updates)
+    assert all(type(mine) is node.method.Personal for mine in sent.personal)
+    outcome = participate(node, 0, sent.broadcast, sent.personal[0] if sent.personal else None)
+    assert outcome.state is None or type(outcome.state) is node.method.State
+
+
+@by_case
+def test_a_half_is_a_function_of_its_arguments(worker: Callable[..., Any], method: str, variant: Keys) -> None:
+    """What another client left in the shared workspaces must not leak into the next one's update."""
+    node = worker(method, **variant)
+    sent = exchange(node)
+    again = participate(node, 0, sent.broadcast, sent.personal[0] if sent.personal else None)
+    assert same_bits(sent.updates[0], again.update)
+
+
+# 4. Hard shards.
+
+
+def check_complete(run: Run) -> None:
+    """Compare the logs with the partition and with each other (what point 5 asks)."""
+    settings, parts = run.config.run, run.partition
+    tests = parts[parts["split"] == "test"].set_index("client")["examples"]
+    trains = parts[parts["split"] == "train"].set_index("client")["examples"]
+    evaluations, clients, rounds = run.frame("evaluations"), run.frame("clients"), run.frame("rounds")
+    assert rounds["round"].tolist() == list(range(1, settings.rounds + 1))
+    for _, group in evaluations.groupby("round"):
+        assert group["client"].tolist() == list(range(settings.clients))
+        assert group["total"].tolist() == tests.tolist()
+        for kind in ("global", "personal"):
+            if f"{kind}_correct" in group:
+                assert group[f"{kind}_correct"].between(0, group["total"]).all()
+                assert np.isfinite(group[f"{kind}_loss_sum"]).all()
+    for number, cohort in zip(rounds["round"], rounds["clients"], strict=True):
+        group = clients[clients["round"] == number]
+        assert group["client"].tolist() == cohort
+        assert len(cohort) == settings.cohort
+        assert group["examples"].tolist() == trains[cohort].tolist()
+    assert run.finished
+
+
+@by_case
+def test_survives_clients_with_one_class(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """With one class per client every local gradient pulls to one label, and most class counts are zero."""
+    run = run_inline(
+        method, **variant, **{"data.partition": "pathological", "data.classes-per-client": 1, "run.clients": 10}
+    )
+    check_complete(run)
+    held = run.partition.filter(like="class_") > 0
+    assert (held.sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize("last_batch", ["keep", "drop"])
+@by_case
+def test_survives_clients_smaller_than_a_batch(
+    run_inline: RunInline, method: str, variant: Keys, last_batch: str
+) -> None:
+    """A client that has fewer examples than a batch uses all it has in every step."""
+    run = run_inline(
+        method, **variant, **{"train.batch-size": 256, "run.clients-per-round": 0, "train.last-batch": last_batch}
+    )
+    check_complete(run)
+    clients = run.frame("clients")
+    small = clients[clients["examples"] < 256]
+    assert len(small)
+    assert (small["loss_weight"] == 4 * small["examples"]).all()
+
+
+@by_case
+def test_survives_absent_classes(run_inline: RunInline, method: str, variant: Keys, idx_root: str) -> None:
+    """Under the own-label protocol a client is scored on the labels it owns, and some it has never seen."""
+    run = run_inline(
+        method,
+        **variant,
+        **{"data.name": "mnist", "data.root": idx_root, "data.test": "own-labels", "data.partition": "pathological"},
+    )
+    check_complete(run)
+    train, test = (run.partition[run.partition["split"] == s].filter(like="class_") > 0 for s in ("train", "test"))
+    assert (train.sum(axis=1) == 2).all()
+    assert (test.to_numpy() == train.to_numpy()).all()
+
+
+@by_case
+def test_scores_clients_that_were_never_sampled(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """A newcomer has no state yet, and still gets a prediction."""
+    run = run_inline(method, **variant, **{"run.rounds": 1, "run.clients-per-round": 1})
+    check_complete(run)
+    assert len(run.frame("clients")) == 1
+    assert len(run.frame("evaluations")) == 6
+
+
+@by_case
+def test_zero_per_round_means_all(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """Full participation crashed the released FedGen."""
+    run = run_inline(method, **variant, **{"run.clients-per-round": 0})
+    check_complete(run)
+    assert run.rows("rounds")[0]["clients"] == list(range(6))
+
+
+@by_case
+def test_survives_a_single_client(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """One client in all is the smallest federation there is."""
+    check_complete(run_inline(method, **variant, **{"run.clients": 1, "run.clients-per-round": 1, "run.rounds": 1}))
+
+
+@by_case
+def test_survives_clients_without_test_examples(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """A client with one example trains on it and is scored on none; it must not break a mean."""
+    run = run_inline(
+        method,
+        **variant,
+        **{"data.fraction": 0.005, "data.partition": "iid", "data.test-fraction": 0.5, "run.rounds": 1},
+    )
+    check_complete(run)
+    assert (run.frame("evaluations")["total"] == 0).any()
+    assert 0 <= run.summary()["last"] <= 1
+
+
+# 5. Rows and bytes.
+
+
+@by_case
+def test_one_row_per_client_and_sums_that_add_up(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """An evaluation is a complete table, and its totals are the partition's."""
+    run = run_inline(method, **variant)
+    check_complete(run)
+    assert len(run.frame("evaluations")) == 3 * 6
+    assert (run.frame("clients")["loss_weight"] == 4 * 16).all()
+
+
+@by_case
+def test_skipped_evaluations_leave_the_training_alone(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """Scoring reads and never writes: evaluating less often gives the same training and the same last scores."""
+    often, rarely = run_inline(method, **variant), run_inline(method, **variant, **{"run.eval-every": 2})
+    assert rarely.frame("evaluations")["round"].unique().tolist() == [2, 3]
+    states = [[row["state"] for row in run.rows("rounds")] for run in (often, rarely)]
+    assert states[0] == states[1]
+    assert [r for r in often.rows("evaluations") if r["round"] > 1] == rarely.rows("evaluations")
+
+
+@by_case
+def test_bytes_are_those_of_the_real_serialization(
+    run_inline: RunInline, worker: Callable[..., Any], method: str, variant: Keys
+) -> None:
+    """Byte counts are measured on what Flower writes, not derived from a number of parameters."""
+    sent = exchange(worker(method, **variant))
+    down, up = (
+        sum(len(Array(tensor.numpy()).data) for record in records for tensor in record.tensors().values())
+        for records in ([sent.broadcast, *sent.personal[:1]], sent.updates[:1])
+    )
+    clients = run_inline(method, **variant).frame("clients")
+    assert set(clients["bytes_up"]) == {up}
+    assert set(clients["bytes_down"]) == {down}
+
+
+def test_every_registered_method_is_tested() -> None:
+    """The suite finds methods by file name."""
+    assert {method for method, _ in cases()} == set(names())

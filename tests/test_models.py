@@ -1,0 +1,317 @@
+"""Models as stages and as vectors: sizes, views, optimiser, and what a stage may be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny
+from torch import nn
+
+import strategies
+from clients.training import SGD
+from fedkd import models
+from fedkd.config import ModelSection
+from fedkd.data import federate
+from fedkd.errors import UserError
+from fedkd.latent import build_generator
+from fedkd.models import FlatModel, LatentGenerator, Shape, StagedModel
+from fedkd.rng import Streams
+
+MNIST: Shape = (1, 28, 28)
+CIFAR: Shape = (3, 32, 32)
+SIZES = {
+    ("fedgen_cnn", MNIST, 10): 26_434,
+    ("fedgen_cnn", MNIST, 26): 26_962,
+    ("fedavg_cnn", MNIST, 10): 582_026,
+    ("lenet5", MNIST, 10): 61_706,
+    ("mlp", MNIST, 10): 784 * 64 + 64 + 64 * 10 + 10,
+    ("resnet18", CIFAR, 10): 11_173_962,
+}
+"""Parameters: FedGen's from its released code, the others by hand."""
+
+
+def made(name: str, shape: Shape = MNIST, classes: int = 10, seed: int = 1, **keys: Any) -> StagedModel:
+    """Build a model."""
+    return models.build(ModelSection(name=name, **keys), shape, classes, Streams(seed))
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "shape", "classes"), SIZES)
+def test_models_have_their_published_size(name: str, shape: Shape, classes: int) -> None:
+    """A wrong padding or a missing bias shows in the number of parameters."""
+    assert count(made(name, shape, classes)) == SIZES[name, shape, classes]
+
+
+def test_the_generator_has_its_published_size() -> None:
+    """The released generator for MNIST."""
+    assert count(LatentGenerator(32, 10, 256, (32,))) == 19_744
+
+
+def test_auto_takes_what_fits_the_images() -> None:
+    """Digits of 8 pixels are too small for convolutions of stride two to make sense."""
+    assert made("auto", (1, 8, 8)).stage_names == ("hidden", "head")
+    assert made("auto", MNIST).stage_names == ("conv1", "conv2", "latent", "head")
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name not in ("auto", "resnet18")])
+def test_stages_compose(name: str) -> None:
+    """Running up to a stage and on from it is running through."""
+    model = made(name).eval()
+    x = torch.randn(3, *MNIST)
+    whole = model(x)
+    assert whole.shape == (3, 10)
+    for stage in model.stage_names:
+        halfway = model(x, stop=stage)
+        assert tuple(halfway.shape[1:]) == model.input_of(stage)
+        assert torch.equal(model(halfway, start=stage), whole)
+    assert torch.equal(model(x, stop=model.stage_names[0]), x)
+
+
+def test_a_range_of_stages_runs_alone() -> None:
+    """``start`` and ``stop`` together give the stages in between."""
+    model = made("fedgen_cnn").eval()
+    x = torch.randn(2, *model.input_of("conv2"))
+    assert torch.equal(model(x, start="conv2", stop="latent"), model.stages["conv2"](x))
+
+
+def test_stages_take_the_shapes_that_they_say() -> None:
+    """A generator is built from these shapes."""
+    model = made("fedgen_cnn")
+    shapes = {name: model.input_of(name) for name in model.stage_names}
+    assert shapes == {"conv1": (1, 28, 28), "conv2": (6, 14, 14), "latent": (16, 7, 7), "head": (32,)}
+
+
+def test_asking_for_a_shape_changes_nothing() -> None:
+    """Neither the mode nor the running statistics of a model in training."""
+    model = made("fedgen_cnn").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.input_of("head")
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_unknown_stage_and_model_are_named() -> None:
+    """The nearest right name comes with the message."""
+    with pytest.raises(UserError, match=r"'haed'.*did you mean 'head'"):
+        made("mlp").input_of("haed")
+    with pytest.raises(UserError, match=r"model\.name = 'lenet'.*did you mean 'lenet5'"):
+        made("lenet")
+
+
+@pytest.mark.parametrize("name", ["fedavg_cnn", "lenet5"])
+def test_images_that_a_model_cannot_take_are_named(name: str) -> None:
+    """A size error deep inside PyTorch tells a user nothing."""
+    with pytest.raises(UserError, match=rf"'{name}' cannot take images of 1x8x8; try model\.name=mlp"):
+        made(name, (1, 8, 8))
+
+
+# Normalisation and seeds.
+
+
+def norms(model: nn.Module, kind: type[nn.Module]) -> int:
+    """Return how many layers of a kind a model has."""
+    return sum(isinstance(m, kind) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "batch", "group"),
+    [
+        ("fedgen_cnn", "auto", 2, 0),
+        ("fedgen_cnn", "batch", 2, 0),
+        ("fedgen_cnn", "group", 0, 2),
+        ("resnet18", "auto", 0, 20),
+        ("resnet18", "batch", 20, 0),
+        ("mlp", "batch", 0, 0),
+    ],
+)
+def test_the_norm_is_the_models_own_or_the_one_asked_for(name: str, norm: str, batch: int, group: int) -> None:
+    """Changing the normalisation changes no other layer."""
+    model = made(name, CIFAR, norm=norm)
+    assert (norms(model, nn.BatchNorm2d), norms(model, nn.GroupNorm)) == (batch, group)
+    assert count(model) == count(made(name, CIFAR))
+
+
+def test_group_norm_has_groups_worth_the_name() -> None:
+    """A group of one channel over one pixel would always be zero."""
+    for module in made("fedgen_cnn", norm="group").modules():
+        if isinstance(module, nn.GroupNorm):
+            assert module.num_channels // module.num_groups >= 2
+
+
+def test_group_norm_has_no_statistics() -> None:
+    """So nothing is left to be personal or averaged."""
+    assert FlatModel(made("fedgen_cnn", norm="group")).statistics.numel() == 0
+    assert FlatModel(made("fedgen_cnn")).statistics.numel() == 2 * (6 + 16)
+
+
+def test_the_initial_model_is_the_seeds() -> None:
+    """All clients of a run start from one model, and another seed gives another."""
+    first, again, other = (FlatModel(made("fedgen_cnn", seed=seed)).parameters for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_building_a_model_leaves_the_global_generator_alone() -> None:
+    """Code around the model must not draw other numbers because a model was built."""
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model = made("mlp")
+    build_generator(8, 16, "head", model, 10, Streams(1), torch.device("cpu"))
+    assert torch.equal(torch.rand(1), expected)
+
+
+# Flat models.
+
+
+@pytest.fixture
+def flat() -> FlatModel:
+    """A small model with BatchNorm as vectors."""
+    return FlatModel(made("fedgen_cnn", (1, 8, 8)))
+
+
+def test_the_vector_and_the_module_share_memory(flat: FlatModel) -> None:
+    """Nothing is copied to send or to load a model."""
+    flat.parameters.fill_(0.25)
+    assert all(bool((p == 0.25).all()) for p in flat.module.parameters())
+    with torch.no_grad():
+        next(flat.module.parameters()).fill_(0.5)
+    assert float(flat.parameters[0]) == 0.5
+
+
+def test_statistics_are_views_in_training_too(flat: FlatModel) -> None:
+    """BatchNorm updates its buffers in place, so the vector follows."""
+    before = flat.statistics.clone()
+    flat.module.train()
+    flat(torch.randn(8, 1, 8, 8))
+    assert not torch.equal(flat.statistics, before)
+    expected = [getattr(m, name) for m in flat.norms for name in ("running_mean", "running_var")]
+    assert torch.equal(flat.statistics, torch.cat(expected))
+
+
+def test_laying_out_keeps_the_model() -> None:
+    """The vector model computes what the module computed."""
+    x = torch.randn(4, *MNIST)
+    plain = made("fedgen_cnn").eval()
+    expected = plain(x)
+    flat = FlatModel(plain)
+    assert torch.equal(flat(x), expected)
+    assert torch.equal(flat.parameters, torch.cat([p.detach().reshape(-1) for p in plain.parameters()]))
+
+
+def test_load_sets_parameters_and_statistics(flat: FlatModel) -> None:
+    """Without statistics those of the workspace stay."""
+    flat.load(torch.full_like(flat.parameters, 2.0), torch.full_like(flat.statistics, 3.0))
+    flat.load(torch.full_like(flat.parameters, 4.0))
+    assert bool((flat.parameters == 4).all())
+    assert torch.equal(flat.statistics, torch.full_like(flat.statistics, 3.0))
+
+
+def test_unflatten_gives_views_by_name(flat: FlatModel) -> None:
+    """Also for a stack of vectors, one per client."""
+    assert {n: tuple(p.shape) for n, p in flat.module.named_parameters()} == flat.shapes
+    views = flat.unflatten(flat.parameters)
+    assert all(torch.equal(views[name], p) for name, p in flat.module.named_parameters())
+    stacked = torch.stack([flat.parameters, flat.parameters + 1])
+    for name, view in flat.unflatten(stacked).items():
+        assert torch.equal(view[1], views[name] + 1)
+    vector = torch.zeros_like(flat.parameters)
+    flat.unflatten(vector)["stages.head.bias"].fill_(1)
+    assert int(vector.sum()) == 10
+
+
+def loss_of(flat: FlatModel, seed: int = 0) -> torch.Tensor:
+    """Return a loss of the model on fixed data."""
+    rng = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(16, 1, 8, 8, generator=rng), torch.randint(0, 10, (16,), generator=rng)
+    return nn.functional.cross_entropy(flat(x), y)
+
+
+def test_backward_gives_the_gradient(flat: FlatModel) -> None:
+    """As ``torch.autograd.grad`` does, and twice in a row without adding up."""
+    expected = torch.autograd.grad(loss_of(flat), list(flat.module.parameters()))
+    vector = torch.cat([g.reshape(-1) for g in expected])
+    for _ in range(2):
+        assert torch.equal(flat.backward(loss_of(flat)), vector)
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.01), (0.9, 0.01)])
+def test_sgd_is_pytorchs(worker: Callable[..., Any], momentum: float, weight_decay: float) -> None:
+    """Sums on vectors are those of PyTorch's optimiser on tensors."""
+    keys = {"model.name": "fedgen_cnn", "train.momentum": momentum, "train.weight-decay": weight_decay}
+    node = worker("fedavg", **keys)
+    ours, theirs = node.setup.model, FlatModel(made("fedgen_cnn", (1, 8, 8), norm="batch"))
+    theirs.load(ours.parameters, ours.statistics)
+    sgd = SGD(node.job(1, 0), lr=0.1)
+    torch_sgd = torch.optim.SGD(theirs.module.parameters(), 0.1, momentum, weight_decay=weight_decay)
+    for step in range(4):
+        sgd.step(loss_of(ours, step))
+        theirs.backward(loss_of(theirs, step))
+        torch_sgd.step()
+    assert torch.allclose(ours.parameters, theirs.parameters, rtol=0, atol=1e-7)
+
+
+def test_an_extra_gradient_is_part_of_the_step(worker: Callable[..., Any]) -> None:
+    """A proximal term enters momentum and weight decay like the loss's own gradient."""
+    node = worker("fedavg", **{"train.momentum": 0.9})
+    model, job = node.setup.model, node.job(1, 0)
+    start, pull = model.parameters.clone(), torch.linspace(-1, 1, model.parameters.numel())
+    ends = []
+    for split in (False, True):
+        model.load(start)
+        sgd = SGD(job, lr=0.1)
+        for step in range(2):
+            loss = loss_of(model, step)
+            if split:
+                sgd.step(loss, extra=pull)
+            else:
+                sgd.step(loss + sum((p * v).sum() for p, v in zip(_views(model), _views(model, pull), strict=True)))
+        ends.append(model.parameters.clone())
+    assert torch.allclose(ends[0], ends[1], rtol=0, atol=1e-6)
+
+
+def _views(model: FlatModel, vector: torch.Tensor | None = None) -> list[torch.Tensor]:
+    return list(model.module.parameters()) if vector is None else list(model.unflatten(vector).values())
+
+
+# The generator's place in the model.
+
+
+def test_a_generator_makes_what_its_stage_takes() -> None:
+    """Any stage can be fed, an image-shaped one too."""
+    model = made("fedgen_cnn")
+    for stage in model.stage_names:
+        generator = build_generator(8, 16, stage, model, 10, Streams(1), torch.device("cpu"))
+        features = generator(torch.rand(3, 8), torch.tensor([0, 1, 9]))
+        assert tuple(features.shape[1:]) == model.input_of(stage)
+        assert model(features, start=stage).shape == (3, 10)
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2"])
+def test_batch_norm_behind_the_generator_is_refused(layer: str) -> None:
+    """The server has no statistics to run such a stage with when those are personal."""
+    config = tiny("fedgen", **{"model.name": "fedgen_cnn", "fedgen.layer": layer})
+    with pytest.raises(UserError, match=rf"fedgen\.layer = '{layer}'.*BatchNorm.*model\.norm=group"):
+        strategies.build(config, federate(config))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fedgen.layer": "latent"},
+        {"fedgen.layer": "conv1", "model.norm": "group"},
+        {"fedgen.layer": "conv1", "model.norm-statistics": "averaged"},
+    ],
+    ids=str,
+)
+def test_what_the_refusal_recommends_is_accepted(keys: dict[str, str]) -> None:
+    """Each of the three ways out is one."""
+    config = tiny("fedgen", **{"model.name": "fedgen_cnn", **keys})
+    assert strategies.build(config, federate(config)).state.specs()
