@@ -117,6 +117,11 @@ class ModelSection(Section):
         "personal", description="BatchNorm running statistics stay with the client, or are averaged like parameters"
     )
     hidden: int = Field(64, ge=1, description="hidden width of the mlp")
+    init: Literal["stream", "torch-seed"] = Field(
+        "stream",
+        description="initial weights from the run's own random stream, or those that a plain PyTorch script has after "
+        "torch.manual_seed(run.seed), so that published runs can start from the same weights",
+    )
 
 
 class TrainSection(Section):

@@ -169,7 +169,7 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
     if name not in _MODELS:
         raise UserError(f"model.name = '{name}' is unknown{nearest(name, _MODELS)} (known: {', '.join(_MODELS)})")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(streams.number("model"))
+        torch.manual_seed(streams.seed if config.init == "torch-seed" else streams.number("model"))
         try:
             model = StagedModel(OrderedDict(_MODELS[name](config, input_shape, classes)), input_shape)
             model.input_of("head")

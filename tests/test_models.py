@@ -315,3 +315,19 @@ def test_what_the_refusal_recommends_is_accepted(keys: dict[str, str]) -> None:
     """Each of the three ways out is one."""
     config = tiny("fedgen", **{"model.name": "fedgen_cnn", **keys})
     assert strategies.build(config, federate(config)).state.specs()
+
+
+def test_torch_seed_gives_the_weights_of_a_plain_script() -> None:
+    """Published runs can start from their own initial weights; the caller's random state is left alone."""
+    before = torch.get_rng_state()
+    built = made("fedgen_cnn", seed=3, init="torch-seed")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(3)
+    plain = nn.Sequential(
+        *(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 16, 3, 2, 1), nn.BatchNorm2d(16)),
+        *(nn.Linear(784, 32), nn.Linear(32, 10)),
+    )
+    torch.set_rng_state(before)
+    for mine, theirs in zip(built.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(next(iter(made("fedgen_cnn", seed=3).parameters())), next(iter(plain.parameters())))
