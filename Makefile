@@ -6,7 +6,7 @@ export OMP_NUM_THREADS = 1
 .PHONY: run test test-fast check format bench config clean
 
 run: .venv/installed
-	$(BIN)/fedkd compare fedavg fedavg_ft fedgen --engine simulation --seeds 1,2,3 --out runs/digits
+	$(BIN)/fedkd compare fedavg fedavg_ft fedgen --engine simulation --rounds 30 --seeds 1,2,3 --out runs/digits
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
