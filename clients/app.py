@@ -50,7 +50,7 @@ def train(message: Message, context: Context) -> Message:
             update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
             update.check(worker.setup.sizes, "the client")
             if new_state is not None:
-                new_state.check(worker.setup.sizes, "the client")
+                new_state.check(worker.setup.of(client).sizes, "the client")
                 worker.store.save(new_state, client, order.round)
         updates.append(update)
         row: dict[str, Any] = {"client": client, "examples": len(worker.shard(client, "train"))}
@@ -65,7 +65,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the clients that the message names on their own test data."""
     order = protocol.read_order(message)
     worker = _worker(order.config, context.run_id)
-    broadcast = worker.broadcast(message)
+    broadcast = worker.broadcast(message, worker.method.Scoring)
     rows = []
     for client in order.clients:
         with _named(client):
@@ -111,21 +111,23 @@ class Worker:
 
     def __init__(self, config: Config, run_id: int) -> None:
         self.config = config
-        self.method = load(config.run.method)
+        self.method = load(config.run.method).under(config.hyper)
         self.half = importlib.import_module(f"clients.{self.method.name}")
         self.device = pick_device(config.run.device)
         self.data = federate(config)
         self.setup = Setup.build(config, self.data.images.shape, self.data.classes, self.device)
         self.store = ClientStore(run_folder(config, run_id) / "state")
         self.initial = self.setup.model.parameters.clone()
+        self.initials = {name: other.model.parameters.clone() for name, other in self.setup.others.items()}
         self.shard = lru_cache(maxsize=None)(self._shard)
 
     def _shard(self, client: int, split: str) -> Shard:
         return self.data.shard(client, split, self.device)
 
-    def broadcast(self, message: Message) -> Record:
-        """Return the message's broadcast, checked, on the device."""
-        return unpack(self.method.Broadcast, protocol.arrays(message, "broadcast"), self.setup.sizes, ["the server"])[0]
+    def broadcast(self, message: Message, kind: type[Record] | None = None) -> Record:
+        """Return the message's broadcast, checked; it is a ``Broadcast`` unless the contract has another kind."""
+        kind = kind or self.method.Broadcast
+        return unpack(kind, protocol.arrays(message, "broadcast"), self.setup.sizes, ["the server"])[0]
 
     def personal(self, message: Message, clients: Sequence[int]) -> dict[int, Record]:
         """Return what the message brings for each client alone, checked; empty for methods without."""
@@ -137,18 +139,19 @@ class Worker:
 
     def state(self, client: int, before_round: int) -> Record | None:
         """Return what the client kept, or None."""
-        return self.store.load(self.method.State, client, before_round, self.setup.sizes)
+        return self.store.load(self.method.State, client, before_round, self.setup.of(client).sizes)
 
     def job(self, round: int, client: int, personal: Record | None = None) -> Job:
-        """Return a client's job in a round."""
+        """Return a client's job in a round, with the workspace of the client's own model."""
+        setup = self.setup.of(client)
         return Job(
             config=self.config,
-            model=self.setup.model,
-            streams=self.setup.streams,
+            model=setup.model,
+            streams=setup.streams,
             round=round,
             client=client,
-            initial_parameters=self.initial,
-            extras=self.setup.extras,
+            initial_parameters=self.initials.get(setup.config.model.name, self.initial),
+            extras=setup.extras,
             personal=personal,
         )
 

@@ -12,9 +12,7 @@ from fedkd.methods.local import Broadcast, State, Update
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """``theta_k <- theta_k - lr * grad CE`` over the local batches; nothing but a count is sent."""
-    _load(job, state)
-    job.model.module.train()
-    sgd, loss = SGD(job, job.learning_rate(int(state.last_round) if state else 0)), Mean()
+    sgd, loss = start(job, state), Mean()
     for x, y in job.batches(shard):
         sgd.step(loss.add(cross_entropy(job.model(x), y)))
     return Outcome(
@@ -28,17 +26,25 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     )
 
 
+def start(job: Job, state: State | None) -> SGD:
+    """Load the client's own model, in training mode, and return the optimiser of this participation."""
+    load(job, state)
+    job.model.module.train()
+    return SGD(job, job.learning_rate(int(state.last_round) if state else 0))
+
+
 def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Models:
     """The client's own model; there is no global one."""
 
     def personal() -> Predictor:
-        _load(job, state)
+        load(job, state)
         return job.predictor()
 
     return Models(shared=None, personal=personal)
 
 
-def _load(job: Job, state: State | None) -> None:
+def load(job: Job, state: State | None) -> None:
+    """Fill the workspace with the client's own model, or with the initial one."""
     if state is None:
         job.model.load(job.initial_parameters, initial_statistics(job.model))
     else:

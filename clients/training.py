@@ -121,54 +121,69 @@ class Job:
 
         return predict
 
-    def batches(self, shard: Shard) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, shard: Shard, steps: int | None = None, purpose: str = "batches"
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield this participation's mini-batches: ``local-steps`` of them, or ``local-epochs`` passes.
 
         Each pass is a fresh permutation.  A client smaller than a batch uses all it has in every step.
+
+        Args:
+            steps: this many batches instead.
+            purpose: the random stream that orders the examples.
         """
-        train, rng = self.train, self.torch_rng("batches")
+        train, rng = self.train, self.torch_rng(purpose)
+        most = train.local_steps or None if steps is None else steps
         size = min(train.batch_size, len(shard))
         whole = len(shard) // size * size if train.last_batch == "drop" else len(shard)
-        steps, passes = 0, 0
-        while steps < train.local_steps if train.local_steps else passes < train.local_epochs:
+        done, passes = 0, 0
+        while passes < train.local_epochs if most is None else done < most:
             order = torch.randperm(len(shard), generator=rng)[:whole].to(shard.y.device)
             for rows in torch.split(order, size):
-                if train.local_steps and steps == train.local_steps:
+                if done == most:
                     return
                 yield shard.batch(rows)
-                steps += 1
+                done += 1
             passes += 1
 
 
 class SGD:
-    """Plain SGD on the workspace's vectors, fresh for one participation.
+    """Plain SGD on a vector, fresh for one participation.
 
     ``d <- grad + weight_decay * theta;  m <- momentum * m + d;  theta <- theta - lr * m`` (PyTorch's convention).
 
     Args:
         job: whose workspace and settings.
         lr: learning rate of this participation.
+        parameters: the vector ``[P]`` to change in place; None: the workspace's.
+        part: mask ``[P]`` of the parameters that may move, None: all; weight decay leaves the others alone too.
     """
 
-    def __init__(self, job: Job, lr: float) -> None:
+    def __init__(
+        self, job: Job, lr: float, parameters: torch.Tensor | None = None, part: torch.Tensor | None = None
+    ) -> None:
         self.model, self.lr = job.model, lr
+        self.parameters = job.model.parameters if parameters is None else parameters
+        self.frozen = None if part is None else ~part.to(job.model.device)
         self.momentum, self.weight_decay = job.train.momentum, job.train.weight_decay
         self.buffer: torch.Tensor | None = None
 
     def step(self, loss: torch.Tensor, extra: torch.Tensor | None = None) -> None:
-        """Step along the gradient of a scalar loss, plus an ``extra`` gradient vector ``[P]``."""
-        direction = self.model.backward(loss)
-        with torch.no_grad():
-            if extra is not None:
-                direction += extra
-            if self.weight_decay:
-                direction.add_(self.model.parameters, alpha=self.weight_decay)
-            if self.momentum:
-                self.buffer = (
-                    direction.clone() if self.buffer is None else self.buffer.mul_(self.momentum).add_(direction)
-                )
-                direction = self.buffer
-            self.model.parameters.add_(direction, alpha=-self.lr)
+        """Step along the workspace's gradient of a scalar loss, plus an ``extra`` gradient vector ``[P]``."""
+        gradient = self.model.backward(loss)
+        self.apply(gradient if extra is None else gradient.add_(extra))
+
+    @torch.no_grad()
+    def apply(self, direction: torch.Tensor) -> None:
+        """Step along a gradient vector ``[P]`` that is at hand; its content is used up."""
+        if self.weight_decay:
+            direction.add_(self.parameters, alpha=self.weight_decay)
+        if self.frozen is not None:
+            direction.masked_fill_(self.frozen, 0.0)
+        if self.momentum:
+            self.buffer = direction.clone() if self.buffer is None else self.buffer.mul_(self.momentum).add_(direction)
+            direction = self.buffer
+        self.parameters.add_(direction, alpha=-self.lr)
 
 
 def initial_statistics(model: FlatModel) -> torch.Tensor:

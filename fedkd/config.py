@@ -99,6 +99,20 @@ class DataSection(Section):
         "symmetric", description="pixels to [-1, 1], to mean 0 and deviation 1 of the data set, or to [0, 1]"
     )
     seed: int = Field(-1, ge=-1, description="seed of the partition; -1: the run's seed")
+    public_fraction: float = Field(
+        -1.0,
+        ge=-1,
+        lt=1,
+        description="share of the pool that is set aside, without labels, before the partition; -1: the method's own "
+        "(0 but for methods that need public data); compare methods only with equal values",
+    )
+
+    @field_validator("public_fraction")
+    @classmethod
+    def _share(cls, share: float) -> float:
+        if -1 < share < 0:
+            raise ValueError("a share is in [0, 1), and -1 leaves it to the method")
+        return share
 
 
 class ModelSection(Section):
@@ -122,6 +136,16 @@ class ModelSection(Section):
         description="initial weights from the run's own random stream, or those that a plain PyTorch script has after "
         "torch.manual_seed(run.seed), so that published runs can start from the same weights",
     )
+    client_models: str = Field(
+        "",
+        description="comma-separated model names, given to the clients in turn, for methods that exchange no "
+        "parameters; empty: model.name for all",
+    )
+
+    @property
+    def assigned(self) -> tuple[str, ...]:
+        """Names of the models that clients get in turn; ``model.name`` stays the server's."""
+        return tuple(name.strip() for name in self.client_models.split(",")) if self.client_models else (self.name,)
 
 
 class TrainSection(Section):
@@ -156,7 +180,8 @@ class Config(BaseModel):
     def from_flat(cls, flat: Mapping[str, Scalar]) -> Config:
         """Build a configuration from ``section.key`` scalars; keys that are not given have their defaults.
 
-        Sections of other registered methods are checked for their names and left out.
+        A key whose default -1 means "the method's own" gets the value that ``Method.defaults`` states.  Sections of
+        other registered methods are checked for their names and left out.
 
         Raises:
             UserError: an unknown key (with the nearest right one), a wrong type, or a value out of range.
@@ -174,6 +199,10 @@ class Config(BaseModel):
                 sections[section][name] = value
             elif section not in names():  # pragma: no cover - defaults() holds no other section
                 raise UserError(f"unknown section '{section}'")
+        for key, value in {**LEFT_TO_METHODS, **method.defaults}.items():
+            section, name = key.split(".", 1)
+            if sections[section].get(name, -1) == -1:
+                sections[section][name] = value
         parsed: dict[str, Section] = {}
         for section, kind in {**_COMMON, method.name: method.hyper}.items():
             try:
@@ -214,6 +243,10 @@ _COMMON: dict[str, type[Section]] = {
     "model": ModelSection,
     "train": TrainSection,
 }
+
+
+LEFT_TO_METHODS: dict[str, Scalar] = {"data.public-fraction": 0.0}
+"""Keys that a method may give its own default, and what they are for all others; their own default is -1."""
 
 
 def _flatten(section: str, values: Section) -> dict[str, Scalar]:

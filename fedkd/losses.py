@@ -84,3 +84,101 @@ def mean_teacher(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: ``[batch]``.
     """
     return cross_entropy(logits.mean(dim=0), labels).mean()
+
+
+def class_level_divergence(
+    student: torch.Tensor, teachers: torch.Tensor, weights: torch.Tensor, reverse: bool = False
+) -> torch.Tensor:
+    """FedFTG's discrepancy L_md as its paper has it: ``sum_k alpha_k KL(softmax(t_k) || softmax(s))`` in nats, per row.
+
+    Gradient flows into student and teachers: the generator maximises it through both.
+
+    Args:
+        student: logits ``[batch, classes]``.
+        teachers: logits ``[clients, batch, classes]``.
+        weights: ``[clients, batch]``, alpha of each row's class; over the clients they sum to one.
+        reverse: ``KL(softmax(s) || softmax(t_k))`` instead.
+
+    Returns:
+        ``[batch]``.
+    """
+    p, q = functional.log_softmax(teachers, dim=-1), functional.log_softmax(student, dim=-1)[None]
+    divergence = (q.exp() * (q - p) if reverse else p.exp() * (p - q)).sum(dim=-1)
+    return (weights * divergence).sum(dim=0)
+
+
+def class_level_distance(student: torch.Tensor, teachers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """FedFTG's discrepancy L_md as released: ``sum_k alpha_k 1/C sum_c |s_c - t_kc|`` on raw logits, per row.
+
+    (ZhangLin-PKU/FedFTG @ 1e6347c, ``compute_backward_flow_G_dis``; no gradient flows into the teachers.)
+
+    Args:
+        student: logits ``[batch, classes]``.
+        teachers: logits ``[clients, batch, classes]``.
+        weights: ``[clients, batch]``.
+
+    Returns:
+        ``[batch]``.
+    """
+    return (weights * (student[None] - teachers.detach()).abs().mean(dim=-1)).sum(dim=0)
+
+
+def class_level_ensemble(student: torch.Tensor, teachers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the student against ``q = sum_k alpha_k softmax(t_k)`` in nats, per row.
+
+    Its gradient in the student is that of :func:`class_level_divergence`, wherever the weights sum to one.  FedFTG as
+    released trains the student on it divided by the number of classes (ZhangLin-PKU/FedFTG @ 1e6347c).
+
+    Args:
+        student: logits ``[batch, classes]``.
+        teachers: logits ``[clients, batch, classes]``; no gradient flows into them.
+        weights: ``[clients, batch]``.
+
+    Returns:
+        ``[batch]``.
+    """
+    target = (weights[..., None] * functional.softmax(teachers.detach(), dim=-1)).sum(dim=0)
+    return -(target * functional.log_softmax(student, dim=-1)).sum(dim=-1)
+
+
+def diversity_of_norms(noise: torch.Tensor, images: torch.Tensor, scaled: bool = False) -> torch.Tensor:
+    """FedFTG's diversity loss with Euclidean norms: ``exp(-mean_ij [ ||x_i - x_j||_2 * ||z_i - z_j||_2 ])``, a scalar.
+
+    The exponent grows as the square root of the numbers of pixels and of noise dimensions, so for images of 28x28
+    pixels the loss and its gradient are zero in single precision; ``scaled`` divides each norm by the root of its
+    number of dimensions.
+
+    Args:
+        noise: ``[batch, width]``.
+        images: ``[batch, ...]``, flattened per row.
+        scaled: root mean squares instead of norms.
+    """
+
+    def distances(rows: torch.Tensor) -> torch.Tensor:
+        squares = (rows[:, None] - rows[None]).square()
+        total = squares.mean(dim=2) if scaled else squares.sum(dim=2)
+        return torch.where(total > 0, total, 1.0).sqrt() * (total > 0)  # the root has no gradient at zero
+
+    return torch.exp(-(distances(noise) * distances(images.flatten(1))).mean())
+
+
+def balanced_softmax(
+    logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, exponent: float = 1.0
+) -> torch.Tensor:
+    """FedRoD's generic loss: ``-log( n_y^a exp(g_y) / sum_c n_c^a exp(g_c) )`` in nats, per row.
+
+    Cross-entropy of the logits plus a log n; an absent class has no part in it.  With equal counts, or a = 0 (where
+    n^0 = 1 even for n = 0), it is cross-entropy, bit for bit.
+
+    Args:
+        logits: ``[batch, classes]``.
+        labels: ``[batch]``, of classes with a count.
+        counts: examples of each class ``[classes]``.
+        exponent: a >= 0.
+
+    Returns:
+        ``[batch]``.
+    """
+    if not exponent:
+        return cross_entropy(logits, labels)
+    return cross_entropy(logits + exponent * torch.log(counts.to(logits.dtype) / counts.max()), labels)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
-from fedkd.config import HyperParameters
+from fedkd.config import HyperParameters, Scalar
 from fedkd.errors import UserError, nearest
 from fedkd.models import FlatModel
 from fedkd.payload import Record
@@ -43,11 +44,15 @@ class Method:
         Update: what a client returns.
         State: what a client keeps between its participations.
         Personal: what the server sends to one client only, beside the broadcast; None: nothing.
+        Scoring: what the server sends to all clients when they are scored; None: the broadcast.
         paper: the source; None for a control.
         variants: readings of the paper that ``<name>.variant`` selects.
         extras: ``(hyper, model, classes, streams, device)`` to workspaces beside the model that both halves hold, by
             name; records may use the dimensions ``<name>`` and ``<name>_statistics``.
-        sizes: ``(hyper, model)``, the second a :class:`fedkd.models.FlatModel`, to further dimensions of the records.
+        sizes: ``(hyper, model)``, the second a :class:`fedkd.models.FlatModel`, to further dimensions of the records;
+            ``shared_statistics`` may be among them, when not all BatchNorm statistics are for averaging.
+        records: ``(hyper)`` to the record types, by field name above, of a method whose settings choose them.
+        defaults: the method's own value of keys in :data:`fedkd.config.LEFT_TO_METHODS`, used when the user gives none.
     """
 
     name: str
@@ -57,10 +62,17 @@ class Method:
     Update: type[Record]
     State: type[Record]
     Personal: type[Record] | None = None
+    Scoring: type[Record] | None = None
     paper: Paper | None = None
     variants: tuple[str, ...] = ()
     extras: Callable[..., dict[str, FlatModel]] | None = None
     sizes: Callable[..., dict[str, int]] | None = None
+    records: Callable[..., dict[str, Any]] | None = None
+    defaults: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def under(self, hyper: HyperParameters) -> Method:
+        """Return the contract under these settings: with the records that they choose."""
+        return replace(self, **self.records(hyper)) if self.records else self
 
 
 @cache

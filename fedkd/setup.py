@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fedkd.config import Config
+from fedkd.data import Shard
+from fedkd.errors import UserError
 from fedkd.method import load
 from fedkd.models import FlatModel, StagedModel, build
 from fedkd.payload import Sizes
@@ -25,6 +28,8 @@ class Setup:
         extras: the method's other workspaces, by name.
         streams: the run's random streams.
         sizes: the symbolic dimensions of records.
+        others: set-ups with the other models that clients have by ``model.client-models``, by model name.
+        public: the unlabelled images that were set aside (``data.public-fraction``), on the server only.
     """
 
     config: Config
@@ -33,6 +38,13 @@ class Setup:
     extras: dict[str, FlatModel]
     streams: Streams
     sizes: Sizes
+    others: Mapping[str, Setup] = field(default_factory=dict)
+    public: Shard | None = None
+
+    def of(self, client: int) -> Setup:
+        """Return the set-up with a client's own model."""
+        names = self.config.model.assigned
+        return self.others.get(names[client % len(names)], self)
 
     @property
     def hyper(self) -> Any:
@@ -46,14 +58,23 @@ class Setup:
         return self.model.module
 
     @classmethod
-    def build(cls, config: Config, shape: tuple[int, ...], classes: int, device: torch.device) -> Setup:
+    def build(
+        cls,
+        config: Config,
+        shape: tuple[int, ...],
+        classes: int,
+        device: torch.device,
+        public: Shard | None = None,
+    ) -> Setup:
         """Build the workspaces.
 
         Args:
             shape: ``(channels, height, width)`` of an image.
+            public: unlabelled images that the server half may use.
 
         Raises:
-            UserError: a model or a stage that does not exist, or images that the model cannot take.
+            UserError: a model or a stage that does not exist, images that the model cannot take, or clients with
+                different models under a method whose payload depends on the model.
         """
         streams, method = Streams(config.run.seed), load(config.run.method)
         staged = build(config.model, shape, classes, streams)
@@ -63,13 +84,41 @@ class Setup:
         sizes = {
             "parameters": model.parameters.numel(),
             "statistics": statistics,
-            "shared_statistics": statistics if config.model.norm_statistics == "averaged" else 0,
+            "shared_statistics": statistics,
             "classes": classes,
             "clients": config.run.clients,
             "cohort": config.run.cohort,
         }
         if method.sizes:
             sizes |= method.sizes(config.hyper, model)
+        if config.model.norm_statistics == "personal":
+            sizes["shared_statistics"] = 0
         for name, extra in extras.items():
             sizes |= {name: extra.parameters.numel(), f"{name}_statistics": extra.statistics.numel()}
-        return cls(config, classes, model, extras, streams, sizes)
+        own = cls(config, classes, model, extras, streams, sizes, public=public)
+        return replace(own, others=_others(own, shape, device)) if config.model.client_models else own
+
+
+def _others(own: Setup, shape: tuple[int, ...], device: torch.device) -> dict[str, Setup]:
+    """Build the set-ups of clients whose model is not the server's; what crosses the network must not depend on it."""
+    section, method = own.config.model, load(own.config.run.method).under(own.config.hyper)
+    refusal = f"model.client-models = '{section.client_models}': {method.name} exchanges"
+    kinds = [kind for kind in (method.Broadcast, method.Update, method.Personal, method.Scoring) if kind]
+    exchanged = {d for kind in kinds for spec in kind.specs().values() for d in spec.shape if isinstance(d, str)}
+    if exchanged & {"parameters", "statistics", "shared_statistics"}:
+        raise UserError(f"{refusal} parameters, so every client needs model.name; leave the key empty")
+    others: dict[str, Setup] = {}
+    for name in section.assigned:
+        if name != section.name and name not in others:
+            one = section.model_copy(update={"name": name, "client_models": ""})
+            try:
+                others[name] = Setup.build(own.config.model_copy(update={"model": one}), shape, own.classes, device)
+            except UserError as error:
+                raise UserError(f"model.client-models: {error}") from None
+    for name, other in others.items():
+        for d in sorted(exchanged):
+            if own.sizes[d] != other.sizes[d]:
+                raise UserError(
+                    f"{refusal} '{d}': {own.sizes[d]} numbers for {section.name}, {other.sizes[d]} for {name}"
+                )
+    return others

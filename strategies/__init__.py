@@ -6,7 +6,8 @@ A server half is a module with a state record and three pure functions::
     broadcast(setup, state, round) -> Broadcast
     update(setup, state, updates, round) -> (State, metrics)
 
-and, when the contract has a ``Personal`` record, ``personal(setup, state, round, client) -> Personal``.
+and, when the contract has a ``Personal`` record, ``personal(setup, state, round, client) -> Personal``, or a
+``Scoring`` record, ``scoring(setup, state, round) -> Scoring``.
 
 ``build("fedgen", config, ...)`` gives a genuine ``flwr.serverapp.strategy.Strategy``.
 """

@@ -50,7 +50,7 @@ class FederatedStrategy(Strategy):
         self, setup: Setup, half: ModuleType, costs: Sequence[float], recorder: Recorder | None = None
     ) -> None:
         self.setup, self.half, self.recorder = setup, half, recorder
-        self.method = load(setup.config.run.method)
+        self.method = load(setup.config.run.method).under(setup.config.hyper)
         self._config = json.dumps(setup.config.flat(), sort_keys=True)
         self.costs = list(costs)
         self.state: Record = half.init(setup)
@@ -121,7 +121,8 @@ class FederatedStrategy(Strategy):
         run = self.setup.config.run
         if server_round % run.eval_every and server_round != run.rounds:
             return []
-        broadcast = self.half.broadcast(self.setup, self.state, server_round)
+        sent = self.half.scoring if self.method.Scoring else self.half.broadcast
+        broadcast = sent(self.setup, self.state, server_round)
         return self._orders(MessageType.EVALUATE, server_round, range(run.clients), broadcast, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -147,10 +148,12 @@ class FederatedStrategy(Strategy):
         """Return what each client of the cohort gets for itself alone; empty for methods without."""
         if self.method.Personal is None:
             return {}
-        return {
-            client: self.half.personal(self.setup, self.state, round, client).check(self.setup.sizes, "the server")
-            for client in self._cohort
-        }
+        if hasattr(self.half, "personals"):  # all at once, where that is cheaper than one by one
+            records = self.half.personals(self.setup, self.state, round, self._cohort)
+        else:
+            records = [self.half.personal(self.setup, self.state, round, client) for client in self._cohort]
+        checked = [record.check(self.setup.sizes, "the server") for record in records]
+        return dict(zip(self._cohort, checked, strict=True))
 
     def _orders(
         self,
@@ -232,11 +235,12 @@ def build(
 
     Args:
         config: the run's configuration; ``config.run.method`` names the method.
-        data: the federated data set; the server uses the number of clients, sizes and shapes, never an example.
+        data: the federated data set; the server uses the number of clients, sizes and shapes, and of the images only
+            those that were set aside, without labels (``data.public-fraction``).
         device: where the server half computes.
         recorder: where results go; None keeps none.
     """
-    setup = Setup.build(config, data.images.shape, data.classes, torch.device(device))
+    setup = Setup.build(config, data.images.shape, data.classes, torch.device(device), data.public(device))
     half = importlib.import_module(f"strategies.{config.run.method}")
     sizes = data.sizes()
     costs = np.minimum(sizes, config.train.batch_size) if config.train.local_steps else sizes

@@ -37,7 +37,7 @@ TINY: dict[str, Scalar] = {
     "train.batch-size": 16,
 }
 """A run of a tenth of a second."""
-TINY_METHOD: dict[str, Scalar] = {"fedgen.generator-steps": 4}
+TINY_METHOD: dict[str, Scalar] = {"fedgen.generator-steps": 4, "fedftg.iterations": 2}
 
 
 @pytest.fixture(scope="session", autouse=True)

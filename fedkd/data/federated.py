@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -16,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedkd.config import Config
+from fedkd.config import Config, DataSection
 from fedkd.data.images import Images, cache_root, load_images
 from fedkd.data.partition import partition
 from fedkd.errors import UserError
+from fedkd.rng import Streams
 
 Integers = npt.NDArray[np.int64]
 
@@ -62,6 +64,7 @@ class FederatedData:
         train: for each client, positions in the pool of its training examples.
         test: for each client, positions in the pool of its test examples.
         scaling: pixel scaling, a name of ``data.scaling``.
+        set_aside: positions in the pool of the public examples (``data.public-fraction``), which no client holds.
 
     The *pool* is the training set followed by the official test set.
     """
@@ -70,6 +73,7 @@ class FederatedData:
     train: list[Integers]
     test: list[Integers]
     scaling: str
+    set_aside: Integers = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def clients(self) -> int:
@@ -97,7 +101,16 @@ class FederatedData:
 
     def shard(self, client: int, split: str, device: torch.device | str = "cpu") -> Shard:
         """Return a client's ``train`` or ``test`` images on a device."""
-        rows = (self.train if split == "train" else self.test)[client]
+        return self._shard((self.train if split == "train" else self.test)[client], device)
+
+    def public(self, device: torch.device | str = "cpu") -> Shard | None:
+        """Return the images that were set aside, on a device, every class -1 in place of the label; None without."""
+        if not len(self.set_aside):
+            return None
+        shard = self._shard(self.set_aside, device)
+        return dataclasses.replace(shard, y=torch.full_like(shard.y, -1))
+
+    def _shard(self, rows: Integers, device: torch.device | str) -> Shard:
         cut = len(self.images.train_x)
         x = np.concatenate([self.images.train_x[rows[rows < cut]], self.images.test_x[rows[rows >= cut] - cut]])
         y = np.concatenate([self.images.train_y[rows[rows < cut]], self.images.test_y[rows[rows >= cut] - cut]])
@@ -152,7 +165,8 @@ def federate(config: Config) -> FederatedData:
     if parts is None:
         parts = _deal(config, images)
         _write(cached, *parts)
-    return FederatedData(images, *parts, data.scaling)
+    train, test, (set_aside,) = parts
+    return FederatedData(images, train, test, data.scaling, set_aside)
 
 
 _PARTITION_VERSION = 1
@@ -162,7 +176,11 @@ def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:20]
 
 
-def _deal(config: Config, images: Images) -> tuple[list[Integers], list[Integers]]:
+Parts = tuple[list[Integers], list[Integers], list[Integers]]
+"""Training and test positions of each client, and the public ones as a list of one."""
+
+
+def _deal(config: Config, images: Images) -> Parts:
     data, clients, seed = config.data, config.run.clients, config.data_seed
     if data.test == "own-labels":
         if len(images.test_y) == 0:
@@ -170,11 +188,11 @@ def _deal(config: Config, images: Images) -> tuple[list[Integers], list[Integers
                 f"data.test = 'own-labels' needs an official test set, and '{data.name}' has none; "
                 "take data.test=pooled"
             )
-        train = partition(data, images.train_y, images.train_writer, clients, seed)
-        return train, _own_label_test(images, train)
+        train, public = _partition(data, images.train_y, images.train_writer, clients, seed)
+        return train, _own_label_test(images, train), [public]
     labels = np.concatenate([images.train_y, images.test_y])
     writers = np.concatenate([images.train_writer, images.test_writer])
-    held = partition(data, labels, writers, clients, seed)
+    held, public = _partition(data, labels, writers, clients, seed)
     train, test = [], []
     for client, rows in enumerate(held):
         rng = np.random.default_rng([seed, client])
@@ -182,7 +200,20 @@ def _deal(config: Config, images: Images) -> tuple[list[Integers], list[Integers
         cut = min(max(1, round(len(rows) * data.test_fraction)), len(rows) - 1)
         test.append(np.sort(shuffled[:cut]))
         train.append(np.sort(shuffled[cut:]))
-    return train, test
+    return train, test, [public]
+
+
+def _partition(
+    data: DataSection, labels: Integers, writers: Integers, clients: int, seed: int
+) -> tuple[list[Integers], Integers]:
+    """Set the public examples aside and deal out the others; return the positions of both."""
+    if data.public_fraction <= 0:
+        return partition(data, labels, writers, clients, seed), np.zeros(0, dtype=np.int64)
+    shuffled = Streams(seed).numpy("public").permutation(len(labels))
+    cut = max(1, round(data.public_fraction * len(labels)))
+    kept = np.sort(shuffled[cut:])
+    held = partition(data, labels[kept], writers[kept] if len(writers) else writers, clients, seed)
+    return [kept[rows] for rows in held], np.sort(shuffled[:cut])
 
 
 def _own_label_test(images: Images, train: list[Integers]) -> list[Integers]:
@@ -201,25 +232,27 @@ def _own_label_test(images: Images, train: list[Integers]) -> list[Integers]:
     return test
 
 
-def _write(path: Path, train: list[Integers], test: list[Integers]) -> None:
+def _write(path: Path, train: list[Integers], test: list[Integers], public: list[Integers]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".part{os.getpid()}.npz")
     np.savez(
         part,
         train=np.concatenate(train),
         test=np.concatenate(test),
+        public=np.concatenate(public),
         train_sizes=np.array([len(r) for r in train]),
         test_sizes=np.array([len(r) for r in test]),
+        public_sizes=np.array([len(r) for r in public]),
     )
     part.replace(path)
 
 
-def _read(path: Path) -> tuple[list[Integers], list[Integers]] | None:
+def _read(path: Path) -> Parts | None:
     """Read a cached partition; an unreadable file is as good as none."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             return tuple(  # type: ignore[return-value]
-                np.split(saved[name], np.cumsum(saved[f"{name}_sizes"])[:-1]) for name in ("train", "test")
+                np.split(saved[name], np.cumsum(saved[f"{name}_sizes"])[:-1]) for name in ("train", "test", "public")
             )
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None

@@ -1,0 +1,38 @@
+"""FedBN: FedAvg without the BatchNorm layers, which stay with the client (Li, Jiang, Zhang, Kamp, Dou, ICLR 2021)."""
+
+from __future__ import annotations
+
+import torch
+
+from fedkd import partial
+from fedkd.method import Method, Paper
+from fedkd.models import FlatModel
+
+
+class Hyper(partial.Hyper):
+    """Settings of FedBN: FedAvg's."""
+
+    def shared(self, model: FlatModel) -> torch.Tensor:
+        """Return the mask of all parameters but the scales and shifts of BatchNorm."""
+        norms = {name.rpartition(".")[0] for name in model.statistics_shapes}
+        mask = torch.ones(model.parameters.numel(), dtype=torch.bool)
+        for name, view in model.unflatten(mask).items():
+            view.fill_(name.rpartition(".")[0] not in norms)
+        return mask
+
+
+METHOD = Method(
+    name="fedbn",
+    summary="FedAvg with personal BatchNorm layers",
+    hyper=Hyper,
+    Broadcast=partial.Broadcast,
+    Update=partial.Update,
+    State=partial.State,
+    paper=Paper(
+        authors="Li, Jiang, Zhang, Kamp, Dou",
+        title="FedBN: Federated Learning on Non-IID Features via Local Batch Normalization",
+        venue="ICLR 2021",
+        arxiv="2102.07623",
+    ),
+    sizes=partial.sizes,
+)

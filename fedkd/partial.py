@@ -1,0 +1,97 @@
+"""Methods that share a part of the model: which parameters travel, which stay, and the records that hold them.
+
+A part is a mask of the parameter vector, so a payload holds the shared part and nothing of the rest.  BatchNorm
+running statistics go with the layer that they belong to: those of a personal layer never travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from fedkd.methods import fedavg
+from fedkd.models import FlatModel, StagedModel
+from fedkd.payload import Count, Record, SharedStatistics, Spec, Statistics
+
+SharedVector = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.float32)]
+"""The parameters that travel, in the order of the model's vector."""
+OwnVector = Annotated[torch.Tensor, Spec(("own_parameters",), torch.float32)]
+"""The parameters that stay with the client, in the order of the model's vector."""
+
+NO_STAGE = "none"
+"""In place of a stage's name: no stage at all."""
+
+
+class Hyper(fedavg.Hyper):
+    """Settings of a method that shares a part of the model."""
+
+    def shared(self, model: FlatModel) -> torch.Tensor:
+        """Return the mask ``[P]`` of the parameters that travel."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Broadcast(Record):
+    """The shared part of the model, averaged."""
+
+    parameters: SharedVector
+    statistics: SharedStatistics
+
+
+@dataclass(frozen=True)
+class Update(Record):
+    """The shared part of a locally trained model and the number of examples behind it."""
+
+    parameters: SharedVector
+    statistics: SharedStatistics
+    examples: Count
+
+
+@dataclass(frozen=True)
+class State(Record):
+    """What a client keeps: the rest of its model, all its BatchNorm statistics, and when it last took part."""
+
+    parameters: OwnVector
+    statistics: Statistics
+    last_round: Count
+
+
+def from_stage(model: FlatModel, stage: str, setting: str) -> torch.Tensor:
+    """Return the mask ``[P]`` of the parameters of a stage and of all behind it; ``none`` is the empty part.
+
+    Args:
+        stage: its name.
+        setting: the key that named it, for the message.
+
+    Raises:
+        UserError: the model has no such stage.
+    """
+    staged = model.module
+    assert isinstance(staged, StagedModel)
+    if stage == NO_STAGE:
+        return model.slice_of(lambda name: False)
+    if stage not in staged.stage_names:
+        staged.input_of(stage, setting)  # says so
+    behind = staged.stage_names[staged.stage_names.index(stage) :]
+    return model.slice_of(lambda name: name in behind)
+
+
+def statistics_of(model: FlatModel, part: torch.Tensor) -> torch.Tensor:
+    """Return the mask ``[S]`` of the running statistics of the BatchNorm layers whose parameters are in a part."""
+    weights = model.unflatten(part)
+    mask = torch.zeros(model.statistics.numel(), dtype=torch.bool)
+    for name, view in model.unflatten_statistics(mask).items():
+        view.fill_(bool(weights[f"{name.rpartition('.')[0]}.weight"].all()))
+    return mask
+
+
+def sizes(hyper: Hyper, model: FlatModel) -> dict[str, int]:
+    """Return the dimensions of the two parts, and of the statistics that may be averaged."""
+    shared = hyper.shared(model)
+    return {
+        "shared_parameters": int(shared.sum()),
+        "own_parameters": int((~shared).sum()),
+        "shared_statistics": int(statistics_of(model, shared).sum()),
+    }
