@@ -6,6 +6,7 @@ their stacked updates and one row of metrics per client.  An ``evaluate`` messag
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import time
@@ -160,4 +161,6 @@ class Worker:
 def _worker(config: str, run_id: int) -> Worker:
     """Return this process's worker for a configuration (JSON of flat keys); one is kept at a time."""
     single_thread()
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays, so the collector need not walk it again in every round
     return Worker(Config.from_flat(json.loads(config)), run_id)

@@ -90,7 +90,7 @@ def run(
 
       fedkd run fedprox --data mnist --root /data --set fedprox.mu=0.01 --set data.alpha=0.05
 
-      fedkd run fedavg --engine simulation --clients 100 --clients-per-round 0 --rounds 20
+      fedkd run fedavg --engine simulation --clients 100 --set data.partition=iid --rounds 20
     """
     from sims.launch import launch, place, prepare
 
@@ -423,13 +423,13 @@ def _print_summary(finished: Run) -> None:
     table.add_row("seconds", f"{summary['seconds']:.1f}")
     out_console.print(table)
     out_console.print(f"digest {summary['digest']}", soft_wrap=True, highlight=False)
-    out_console.print(f"results in {finished.folder}", soft_wrap=True, highlight=False)
+    out_console.print(f"results in {finished.folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_files(files: Sequence[Path]) -> None:
     for path in files:
         if path.suffix != ".txt":
-            out_console.print(str(path), soft_wrap=True, highlight=False)
+            out_console.print(str(path), soft_wrap=True, highlight=False, markup=False)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -438,7 +438,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point: one clear line and exit code 2 for the user's mistakes, 1 for failures, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, _stop)
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal ends a run as Ctrl-C does
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     try:
         app()
     except UserError as error:
@@ -447,7 +449,7 @@ def main() -> None:
     except KeyboardInterrupt:
         error_console.print("fedkd: stopped; the rounds that were finished are in the results folder", style="yellow")
         sys.exit(130)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         error_console.print(f"fedkd: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
 

@@ -39,16 +39,16 @@ class Watched:
 
     def update(self) -> None:
         """Read what has been added to the logs."""
-        for row in self._new("clients"):
-            if row.get("loss_weight"):
-                self.loss = row["loss_sum"] / row["loss_weight"]
+        trained = [row for row in self._new("clients") if row.get("loss_weight")]
+        last = [row for row in trained if row["round"] == trained[-1]["round"]]
+        if last:
+            self.loss = sum(row["loss_sum"] for row in last) / sum(row["loss_weight"] for row in last)
         rows = self._new("evaluations")
         if rows:
-            last = rows[-1]["round"]
             scores = sorted(
                 row.get("personal_correct", row.get("global_correct", 0)) / row["total"]
                 for row in rows
-                if row["round"] == last and row["total"]
+                if row["round"] == rows[-1]["round"] and row["total"]
             )
             if scores:
                 self.accuracy = sum(scores) / len(scores)
@@ -61,7 +61,8 @@ class Watched:
         """Return loss, mean accuracy and accuracy of the worst tenth of the clients."""
         if self.done == 0:
             return "starting"
-        return f"loss {self.loss:.3f}  accuracy {self.accuracy:.1%}  worst tenth {self.worst:.1%}"
+        scored = f"  accuracy {self.accuracy:.1%}  worst tenth {self.worst:.1%}" if self.accuracy >= 0 else ""
+        return f"loss {self.loss:.3f}{scored}"
 
     def _new(self, log: str) -> list[dict[str, Any]]:
         path = self.folder / f"{log}.jsonl"

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +31,7 @@ import tomli_w
 
 from fedkd.config import Config
 from fedkd.errors import UserError
+from sims.doctor import FLOWER_SWITCH
 
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
 
@@ -46,9 +50,11 @@ class PrivateSuperLink:
     def __init__(self) -> None:
         self._home = _short_folder()
         self._port = _free_port()
+        self._log = self._home / "superlink.log"
+        self._process: psutil.Popen | None = None
         self.environment = os.environ | {
             "FLWR_HOME": str(self._home),
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            FLOWER_SWITCH: "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "RAY_TMPDIR": str(self._home),
@@ -56,10 +62,23 @@ class PrivateSuperLink:
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
+
+    @property
+    def _address(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:  # Ctrl-C while it starts leaves nothing behind either
+            self.close()
+            raise
+        return self
+
+    def _start(self) -> None:
         (self._home / "config.toml").write_text(
             tomli_w.dumps({"superlink": {"default": "own", "own": {"address": self._address, "insecure": True}}})
         )
-        self._log = self._home / "superlink.log"
         with self._log.open("wb") as log:
             self._process = psutil.Popen(
                 [
@@ -72,20 +91,11 @@ class PrivateSuperLink:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-
-    @property
-    def _address(self) -> str:
-        return f"127.0.0.1:{self._port}"
-
-    def __enter__(self) -> Self:
         deadline = time.monotonic() + START_SECONDS
         while not self._healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                tail = _tail(self._log)
-                self.close()
-                raise SimulationError(f"Flower's SuperLink did not start: {tail}")
+                raise SimulationError(f"Flower's SuperLink did not start: {_tail(self._log)}")
             time.sleep(0.1)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -113,7 +123,7 @@ class PrivateSuperLink:
         shutil.rmtree(app, ignore_errors=True)
         app.mkdir()
         (app / "pyproject.toml").write_text(app_toml(configs), encoding="utf-8")
-        share = _gpu_share(nodes) if gpus is None else gpus
+        share = gpu_share(nodes, _gpus(configs[0])) if gpus is None else gpus
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={share}"
         with log.open("wb") as output:
             client = subprocess.Popen(
@@ -135,19 +145,33 @@ class PrivateSuperLink:
                 raise SimulationError(f"{_reason(folder, log)} (log: {log})")
 
     def close(self) -> None:
-        """End the SuperLink and all that it started, by process id, and remove its folder."""
-        processes: list[psutil.Process] = [self._process]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            processes += self._process.children(recursive=True)
-        for process in processes:
+        """End the SuperLink and all that it started, by process id, and remove its folder.
+
+        A second Ctrl-C does not interrupt this.
+        """
+        with _deaf():
+            processes = self._mine()
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
+            for process in {*alive, *self._mine()}:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive, timeout=STOP_SECONDS)
+            shutil.rmtree(self._home, ignore_errors=True)
+
+    def _mine(self) -> list[psutil.Process]:
+        """Return the processes started for this SuperLink: its descendants, and those with its Flower home."""
+        found: dict[int, psutil.Process] = {}
+        if self._process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=STOP_SECONDS)
-        shutil.rmtree(self._home, ignore_errors=True)
+                found = {p.pid: p for p in (self._process, *self._process.children(recursive=True))}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                if process.environ().get("FLWR_HOME") == str(self._home):
+                    found[process.pid] = process
+        return list(found.values())
 
     def _healthy(self) -> bool:
         try:
@@ -189,10 +213,31 @@ def require_ray() -> None:
         raise UserError("the simulation engine needs Ray: pip install 'flwr[simulation]', or take --engine inline")
 
 
-def _gpu_share(nodes: int) -> float:
+def gpu_share(nodes: int, gpus: int) -> float:
+    """Return the share of a GPU for each of ``nodes``, so that all fit on ``gpus`` at once; at most one each."""
+    if not gpus:
+        return 0.0
+    return math.floor(10_000 / math.ceil(nodes / gpus)) / 10_000
+
+
+def _gpus(config: Config) -> int:
     import torch
 
-    return round(torch.cuda.device_count() / nodes, 4) if torch.cuda.is_available() else 0.0
+    return torch.cuda.device_count() if config.run.device != "cpu" and torch.cuda.is_available() else 0
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore requests to stop while the block runs (in the main thread, where signals arrive)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _short_folder() -> Path:

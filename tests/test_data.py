@@ -17,7 +17,7 @@ from conftest import tiny, tiny_images, write_idx, write_idx_folder
 from PIL import Image
 
 from fedkd.config import Scalar
-from fedkd.data import FederatedData, Images, federate, images, load_images
+from fedkd.data import FederatedData, Images, federate, federated, images, load_images
 from fedkd.data.partition import fedgen_partition, partition
 from fedkd.errors import UserError
 
@@ -236,14 +236,16 @@ def test_standard_scaling_gives_mean_zero_and_deviation_one(tmp_path: Path) -> N
     assert x.std(dim=(0, 2, 3)).tolist() == pytest.approx([1] * 3, abs=1e-2)
 
 
-def test_a_batch_leaves_the_shard_as_it_was() -> None:
-    """Scaling happens on a copy, every time from the bytes."""
+def test_a_batch_leaves_the_shard_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaling happens on a copy, every time from the bytes, and gives what scaling once and for all gives."""
+    monkeypatch.setattr(federated, "SCALED_BYTES", 0)
     shard = federate(tiny()).shard(0, "train")
     rows = torch.tensor([2, 0, 2])
     first, second = shard.batch(rows)[0], shard.batch(rows)[0]
     assert torch.equal(first, second)
     assert torch.equal(first[0], first[2])
     assert shard.x.dtype == torch.uint8
+    assert torch.equal(first, shard.scaled().batch(rows)[0])
 
 
 def test_a_shard_holds_its_rows_of_the_pool() -> None:
@@ -254,8 +256,8 @@ def test_a_shard_holds_its_rows_of_the_pool() -> None:
     whole = Images("t", x[:4], labels[:4], x[4:], labels[4:], none, none, tuple("012345"), 255, (0.5,), (0.5,))
     data = FederatedData(whole, [np.array([1, 3, 5])], [np.array([0, 4])], "unit")
     assert data.shard(0, "train").y.tolist() == [1, 3, 5]
-    assert data.shard(0, "train").x.flatten().tolist() == [1, 3, 5]
-    assert data.shard(0, "test").x.flatten().tolist() == [0, 4]
+    assert (data.shard(0, "train").x.flatten() * 255).tolist() == pytest.approx([1, 3, 5])
+    assert (data.shard(0, "test").x.flatten() * 255).tolist() == pytest.approx([0, 4])
     assert data.class_counts("test").tolist() == [[1, 0, 0, 0, 1, 0]]
 
 

@@ -25,13 +25,16 @@ from fedkd.rng import Streams
 
 Integers = npt.NDArray[np.int64]
 
+SCALED_BYTES = 256 * 2**20
+"""Data sets of up to this size as float32 are scaled once; larger ones stay bytes and are scaled batch by batch."""
+
 
 @dataclass(frozen=True)
 class Shard:
-    """Images of one client, kept as bytes on the device; a batch is scaled when it is taken.
+    """Images of one client on the device: scaled already, or as bytes that are scaled when a batch is taken.
 
     Args:
-        x: ``[n, channels, height, width]`` bytes.
+        x: ``[n, channels, height, width]``, float32 (scaled) or bytes.
         y: ``[n]`` class indices.
         shift: ``[channels, 1, 1]``, in bytes; taken off first.
         scale: ``[channels, 1, 1]``; multiplied after.
@@ -47,12 +50,20 @@ class Shard:
 
     def batch(self, rows: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scaled images ``[batch, channels, height, width]`` float32 and classes ``[batch]``."""
-        x = self.x[rows].to(torch.float32).sub_(self.shift).mul_(self.scale)
-        return x, self.y[rows]
+        x = self.x[rows]
+        return x if x.is_floating_point() else _scaled(x, self.shift, self.scale), self.y[rows]
+
+    def scaled(self) -> Shard:
+        """Return the same images scaled once and for all: the same numbers, four times the memory."""
+        return dataclasses.replace(self, x=_scaled(self.x, self.shift, self.scale))
 
     def class_counts(self, classes: int) -> torch.Tensor:
         """Return the number of examples of each class ``[classes]``."""
         return torch.bincount(self.y, minlength=classes).cpu()
+
+
+def _scaled(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32).sub_(shift).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -121,12 +132,14 @@ class FederatedData:
             "unit": ((0.0,) * channels, (1.0,) * channels),
         }[self.scaling]
         column = [-1, 1, 1]
-        return Shard(
+        shard = Shard(
             x=torch.from_numpy(x).to(device),
             y=torch.from_numpy(y).to(device),
             shift=(torch.tensor(mean, dtype=torch.float32) * levels).reshape(column).to(device),
             scale=(1 / (torch.tensor(deviation, dtype=torch.float32) * levels)).reshape(column).to(device),
         )
+        small = len(self.labels) * int(np.prod(self.images.shape)) * 4 <= SCALED_BYTES
+        return shard.scaled() if small else shard
 
     def csv(self) -> str:
         """Return the partition as CSV: client, split, examples, and one column of counts per class."""
