@@ -28,6 +28,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        strict=True,
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
         allow_inf_nan=False,
@@ -42,7 +43,7 @@ class RunSection(Section):
     """Who takes part, for how long, and where the results go."""
 
     method: str = Field("fedgen", description="registered name of the method (`fedkd methods` lists them)")
-    seed: int = Field(1, ge=0, description="seed of every random stream of the run")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed of every random stream of the run")
     rounds: int = Field(50, ge=1, description="communication rounds")
     clients: int = Field(20, ge=1, description="number of clients")
     clients_per_round: int = Field(10, ge=0, description="clients sampled per round, without replacement; 0 means all")
@@ -98,7 +99,7 @@ class DataSection(Section):
     scaling: Literal["symmetric", "standard", "unit"] = Field(
         "symmetric", description="pixels to [-1, 1], to mean 0 and deviation 1 of the data set, or to [0, 1]"
     )
-    seed: int = Field(-1, ge=-1, description="seed of the partition; -1: the run's seed")
+    seed: int = Field(-1, ge=-1, lt=2**32, description="seed of the partition; -1: the run's seed")
     public_fraction: float = Field(
         -1.0,
         ge=-1,
@@ -181,12 +182,12 @@ class Config(BaseModel):
         """Build a configuration from ``section.key`` scalars; keys that are not given have their defaults.
 
         A key whose default -1 means "the method's own" gets the value that ``Method.defaults`` states.  Sections of
-        other registered methods are checked for their names and left out.
+        other registered methods are checked and left out.
 
         Raises:
             UserError: an unknown key (with the nearest right one), a wrong type, or a value out of range.
         """
-        from fedkd.method import load, names
+        from fedkd.method import load
 
         method = load(str(flat.get("run.method", RunSection().method)))
         known = set(defaults())
@@ -195,21 +196,19 @@ class Config(BaseModel):
             if key not in known:
                 raise UserError(f"unknown key '{key}'{nearest(key, known)} (`fedkd show --keys` lists all)")
             section, name = key.split(".", 1)
-            if section in sections:
-                sections[section][name] = value
-            elif section not in names():  # pragma: no cover - defaults() holds no other section
-                raise UserError(f"unknown section '{section}'")
+            sections.setdefault(section, {})[name] = value
         for key, value in {**LEFT_TO_METHODS, **method.defaults}.items():
             section, name = key.split(".", 1)
             if sections[section].get(name, -1) == -1:
                 sections[section][name] = value
         parsed: dict[str, Section] = {}
-        for section, kind in {**_COMMON, method.name: method.hyper}.items():
+        for section, values in sections.items():
+            kind = _COMMON.get(section) or load(section).hyper
             try:
-                parsed[section] = kind.model_validate(sections[section])
+                parsed[section] = kind.model_validate(values)
             except ValidationError as error:
                 raise UserError(_first_line(section, error)) from None
-        return cls(hyper=parsed.pop(method.name), **parsed)
+        return cls(hyper=parsed[method.name], **{section: parsed[section] for section in _COMMON})
 
     def flat(self) -> dict[str, Scalar]:
         """Return every setting that matters to this run as ``section.key`` scalars."""

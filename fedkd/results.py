@@ -26,13 +26,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors.torch import save
 
 from fedkd.config import Config, read_toml
 from fedkd.errors import UserError
 from fedkd.payload import Record
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,19 +54,23 @@ class Recorder:
         folder: where; it must not hold a run already.
         config: the run's configuration.
         partition: the partition as CSV.
+        data: fingerprint of the data.
 
     Raises:
         UserError: the folder holds another run, or cannot be written.
     """
 
-    def __init__(self, folder: Path, config: Config, partition: str) -> None:
+    def __init__(self, folder: Path, config: Config, partition: str, data: str = "") -> None:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(folder)
             if (folder / "rounds.jsonl").exists():
                 raise UserError(f"{folder} already holds a run; take another folder with --out")
             (folder / "config.toml").write_text(config.toml(), encoding="utf-8")
-            (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            (folder / "environment.json").write_text(
+                json.dumps(environment() | {"data": data}, indent=2) + "\n", encoding="utf-8"
+            )
             (folder / "partition.csv").write_text(partition, encoding="utf-8")
             self._files = {name: (folder / f"{name}.jsonl").open("a", encoding="utf-8") for name in LOGS}
         except OSError as error:
@@ -90,6 +99,23 @@ class Recorder:
         """Close the files; what has been written stays readable."""
         for file in self._files.values():
             file.close()
+        self._lock.close()
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """Return a file whose being open says that a run is written to ``folder``; closing it, or dying, says it no more.
+
+    Raises:
+        UserError: another process has it.
+    """
+    file = (folder / "lock").open("wb")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{folder} is being written by another process; wait for it, or take another folder") from None
+    return file
 
 
 def run_folder(config: Config, run_id: int) -> Path:
@@ -165,6 +191,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.folder / "summary.json").exists()
+
+    @property
+    def data(self) -> str:
+        """Fingerprint of the data that the run was made with."""
+        return str(json.loads((self.folder / "environment.json").read_text(encoding="utf-8")).get("data", ""))
 
     def rows(self, log: str) -> list[Row]:
         """Return the complete lines of a log."""

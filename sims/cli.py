@@ -138,7 +138,7 @@ def compare(
     waiting, folders = [], []
     for seed in _seeds(seeds):
         for method in methods:
-            flat = _flat(method, data, root, clients, clients_per_round, rounds, settings) | {"run.seed": seed}
+            flat = _flat(method, data, root, clients, clients_per_round, rounds, settings, methods) | {"run.seed": seed}
             config, finished = place_series(prepare(flat), out / f"{method}-s{seed}")
             folders.append(config.run.dir)
             if finished:
@@ -318,6 +318,10 @@ def _given(key: str, value: Scalar | None) -> dict[str, Scalar]:
     return {} if value is None else {key: value}
 
 
+_OWNED = {"run.method": "the command's argument", "run.dir": "--out", "run.seed": "--seed or --seeds"}
+"""Keys that have an option or argument of their own."""
+
+
 def _flat(
     method: str | None,
     data: str | None,
@@ -326,9 +330,11 @@ def _flat(
     clients_per_round: int | None,
     rounds: int | None,
     settings: list[str] | None,
+    compared: Sequence[str] = (),
 ) -> dict[str, Scalar]:
-    """Collect the options into flat keys."""
+    """Collect the options into flat keys; ``--set`` takes the sections of ``method`` and of the ``compared`` ones."""
     from fedkd.config import RunSection, parse_assignment
+    from fedkd.method import names
 
     flat: dict[str, Scalar] = _given("run.method", method)
     flat |= _given("data.name", data) | _given("data.root", str(root) if root else None)
@@ -336,6 +342,11 @@ def _flat(
     flat |= _given("run.clients-per-round", clients_per_round)
     for assignment in settings or []:
         key, value = parse_assignment(assignment)
+        if key in _OWNED:
+            raise UserError(f"--set {key}: that is what {_OWNED[key]} says")
+        section = key.partition(".")[0]
+        if method and section in names() and section not in (method, *compared):
+            raise UserError(f"--set {key}: '{section}' is not what runs ({', '.join(compared or [method])})")
         flat[key] = value
     number = flat.get("run.clients")
     if "run.clients-per-round" not in flat and isinstance(number, int) and number < RunSection().clients_per_round:

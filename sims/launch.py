@@ -13,7 +13,7 @@ from typing import Literal
 
 from fedkd.config import Config, Scalar
 from fedkd.errors import UserError
-from fedkd.results import Run
+from fedkd.results import Run, lock
 from sims.progress import Watched, watching
 
 Engine = Literal["inline", "simulation"]
@@ -54,17 +54,23 @@ def place(config: Config, out: Path | None) -> Config:
 def place_series(config: Config, folder: Path) -> tuple[Config, bool]:
     """Return the configuration with its place in a series of runs, and whether that run is there and finished.
 
-    A run with other settings in its place is an error; one that was interrupted is moved aside and made again.
+    A run with other settings or data in its place is an error, and so is one that is being written; one that was
+    interrupted is moved aside and made again.
 
     Raises:
-        UserError: the folder holds a run with other settings.
+        UserError: the folder holds a run with other settings or data, or another process writes to it.
     """
+    from fedkd.data import federate
+
     placed = _with_folder(config, folder)
     if not (folder / "config.toml").exists():
         return placed, False
     found = Run.open(folder)
     if found.config.digest() != placed.digest():
         raise UserError(f"{folder} holds a run with other settings; take another folder with --out")
+    if found.data != federate(config).fingerprint():
+        raise UserError(f"{folder} holds a run of other data (data.root differs?); take another folder with --out")
+    lock(folder).close()
     if found.finished:
         return placed, True
     count = 1

@@ -43,7 +43,7 @@ def _run(config: Config, grid: Grid, run_id: int) -> None:
     folder = run_folder(config, run_id)
     data = federate(config)
     strategy = build(config, data, pick_device(config.run.device))
-    recorder = strategy.recorder = Recorder(folder, config, data.csv())
+    recorder = strategy.recorder = Recorder(folder, config, data.csv(), data.fingerprint())
     try:
         strategy.start(grid, ArrayRecord(), num_rounds=config.run.rounds)
         recorder.finish(strategy.state)

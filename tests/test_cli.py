@@ -36,6 +36,13 @@ def fedkd(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (["run", "fedgen", "--set", "fedgen.layer=hed"], "fedgen.layer = 'hed': the model has no such stage"),
         (["run", "fedavg", "--clients", "9", "--clients-per-round", "10"], "run.clients-per-round = 10 is more than"),
         (["run", "fedavg", "--set", "lr"], "'lr' is not an assignment"),
+        (["run", "fedavg", "--set", "train.lr=true"], "train.lr = True: input should be a valid number"),
+        (["run", "fedavg", "--set", 'train.lr="0.1"'], "train.lr = '0.1': input should be a valid number"),
+        (["run", "fedavg", "--seed", "5000000000"], "run.seed = 5000000000: input should be less than 4294967296"),
+        (["run", "fedgen", "--set", "fedprox.mu=1"], "--set fedprox.mu: 'fedprox' is not what runs (fedgen)"),
+        (["run", "fedavg", "--set", "run.method=local"], "--set run.method: that is what the command's argument says"),
+        (["compare", "fedavg", "--set", "run.seed=3"], "--set run.seed: that is what --seed or --seeds says"),
+        (["run", "fedavg", "--clients", "9999", "--set", "data.partition=fedgen"], "run.clients = 9999 is more than"),
         (["compare", "fedavg", "--seeds", "1,1"], "must be different numbers"),
         (["compare", "fedavg", "fedavg"], "named twice"),
         (["digest", "."], "holds no run"),
@@ -89,6 +96,33 @@ def test_compare_goes_on_where_it_was_stopped(
         assert (tmp_path / "both" / f"{stem}.png").stat().st_size > 1000
     assert fedkd(monkeypatch, *words, "--seeds", "1", "--set", "train.lr=0.2") == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_two_at_once_in_one_folder_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Client state is addressed by folder, so a second writer would mix two runs."""
+    from fedkd.results import lock
+
+    words = ["compare", "local", *SMALL, "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)]
+    assert fedkd(monkeypatch, *words) == 0
+    (tmp_path / "local-s1" / "summary.json").unlink()
+    with lock(tmp_path / "local-s1"):
+        assert fedkd(monkeypatch, *words) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+    assert fedkd(monkeypatch, *words) == 0
+    assert (tmp_path / "local-s1.interrupted-1" / "rounds.jsonl").exists()
+
+
+def test_other_data_of_the_same_name_is_not_taken_for_the_same_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Settings alone do not say what a run was made from."""
+    words = ["compare", "local", *SMALL, "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)]
+    assert fedkd(monkeypatch, *words) == 0
+    monkeypatch.setattr("fedkd.data.FederatedData.fingerprint", lambda self: "other")
+    assert fedkd(monkeypatch, *words) == 2
+    assert "holds a run of other data" in capsys.readouterr().err
 
 
 def test_partition_methods_show_doctor(

@@ -157,9 +157,11 @@ def test_defaults_make_a_valid_run(method: str) -> None:
     assert isinstance(Config.from_flat({"run.method": method}).hyper, load(method).hyper)
 
 
-def test_sections_of_other_methods_are_checked_by_name_only() -> None:
+def test_sections_of_other_methods_are_checked_and_left_out() -> None:
     """``flwr run`` passes every key of pyproject.toml, those of other methods too."""
-    config = Config.from_flat({**defaults(), "run.method": "local", "fedprox.mu": -1.0})
+    with pytest.raises(UserError, match=r"fedprox\.mu = -1\.0"):
+        Config.from_flat({**defaults(), "run.method": "local", "fedprox.mu": -1.0})
+    config = Config.from_flat({**defaults(), "run.method": "local", "fedprox.mu": 2.0})
     assert not [key for key in config.flat() if key.startswith(("fedprox.", "fedgen."))]
 
 

@@ -27,6 +27,7 @@ from fedkd.errors import UserError, nearest
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
+MOST_CLASSES = 100_000
 _DECODER_VERSION = 2
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -182,6 +183,13 @@ def _decode(name: str, source: Source, folder: Path | None, part: Path) -> None:
         splits, classes = _read_idx(folder)
     else:
         splits, classes = _read_parquet(name, source, folder)
+    shapes = {split: columns["x"].shape[1:] for split, columns in splits.items()}
+    if len(set(shapes.values())) > 1:
+        raise UserError(
+            f"data set '{name}': images are "
+            + " and ".join(f"{'x'.join(map(str, shape))} in {split}" for split, shape in shapes.items())
+            + " (channels x height x width); all have to be alike"
+        )
     for split, columns in splits.items():
         for column, values in columns.items():
             np.save(part / f"{split}_{column}.npy", values, allow_pickle=False)
@@ -219,6 +227,8 @@ def _read_parquet(name: str, source: Source, folder: Path | None) -> tuple[dict[
             f"data set '{name}' cannot be read from {where}: {type(error).__name__}: {str(error).splitlines()[0]}"
             + ("" if folder else "; with the files at hand set data.root=FOLDER")
         ) from error
+    if "train" not in loaded:
+        raise UserError(f"data set '{name}' has no split 'train' (it has {', '.join(loaded)})")
     features = loaded["train"].features
     image = source.image or _only(features, datasets.Image, name, "image")
     label = source.label or _only(features, datasets.ClassLabel, name, "class label")
@@ -232,7 +242,7 @@ def _read_parquet(name: str, source: Source, folder: Path | None) -> tuple[dict[
             continue
         rows = loaded[split]
         pixels = _decoded(rows, image, f"data set '{name}', split {split}")
-        columns: Columns = {"x": pixels, "y": np.asarray(rows[label], dtype=np.int64)}
+        columns: Columns = {"x": pixels, "y": _labels(rows[label], f"data set '{name}', split {split}")}
         if source.writer:
             for writer in sorted(set(rows[source.writer])):
                 writers.setdefault(writer, len(writers))
@@ -261,6 +271,20 @@ def _decoded(rows: Any, column: str, whose: str) -> Bytes:
                 f"{'x'.join(map(str, images[0].shape))} (channels x height x width); all have to be alike"
             )
     return np.stack(images)
+
+
+def _labels(values: Any, whose: str) -> Integers:
+    """Return class indices ``[n]``.
+
+    Raises:
+        UserError: a label that is no class index.
+    """
+    for number, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_CLASSES:
+            raise UserError(
+                f"{whose}: label {number} is {value!r}; labels have to be class numbers from 0 to {MOST_CLASSES - 1}"
+            )
+    return np.asarray(values, dtype=np.int64)
 
 
 def _only(features: Any, kind: type, name: str, what: str) -> str:

@@ -32,17 +32,17 @@ def partition(config: DataSection, labels: Integers, writers: Integers, clients:
     Raises:
         UserError: more clients than examples, or a partition that these labels do not allow.
     """
+    kept = max(1, round(config.fraction * len(labels)))
+    if clients > kept:
+        raise UserError(
+            f"run.clients = {clients} is more than the {kept} examples to deal out; "
+            "take fewer clients or a larger data.fraction"
+        )
     if config.partition == "fedgen":
         return fedgen_partition(labels, clients, config.alpha, config.fraction, config.min_size, seed)
     positions = np.arange(len(labels))
     if config.fraction < 1:
-        kept = max(1, round(config.fraction * len(labels)))
         positions = np.sort(np.random.default_rng(seed).choice(len(labels), kept, replace=False))
-    if clients > len(positions):
-        raise UserError(
-            f"run.clients = {clients} is more than the {len(positions)} examples to deal out; "
-            "take fewer clients or a larger data.fraction"
-        )
     return _through_flwr_datasets(config, labels, writers, positions, clients, seed)
 
 
