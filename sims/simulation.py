@@ -170,7 +170,7 @@ class PrivateSuperLink:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 if process.environ().get("FLWR_HOME") == str(self._home):
-                    found[process.pid] = process
+                    found.setdefault(process.pid, process)  # the Popen itself has to be waited for
         return list(found.values())
 
     def _healthy(self) -> bool:
