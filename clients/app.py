@@ -2,6 +2,7 @@
 
 A ``train`` message brings the broadcast once and the numbers of the clients this node shall train; the reply holds
 their stacked updates and one row of metrics per client.  An ``evaluate`` message is answered by one row per client.
+A node that is a device is asked by a ``query`` message first: which clients it hosts, and what their data looks like.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +21,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.training import Job, Models, Predictor
-from fedkd import protocol
+from fedkd import __version__, protocol
 from fedkd.config import Config
 from fedkd.data import Shard, federate
+from fedkd.data.devices import Description, NodeKeys, Place, hosted, own_keys
 from fedkd.device import pick_device, single_thread
+from fedkd.errors import UserError
 from fedkd.losses import cross_entropy
 from fedkd.method import load
 from fedkd.payload import PayloadError, Record, pack, unpack
@@ -34,12 +38,42 @@ app = ClientApp()
 
 EVALUATION_BATCH = 1024
 
+_log = logging.getLogger("flwr")  # what a SuperNode shows
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say which clients this node hosts and what data they have, or why it does not take part."""
+    question = protocol.Question.read(message)
+    try:
+        content = protocol.answer("" if question.refused else _describe(question, context).json())
+        refused = question.refused
+    except Exception as error:  # whatever it is, both sides have to hear of it
+        refused = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        content = protocol.answer(refused=refused)
+    if refused:
+        _log.error("fedkd: this node does not take part: %s", refused)
+    return Message(content, reply_to=message)
+
+
+def _describe(question: protocol.Question, context: Context) -> Description:
+    if question.version != __version__:
+        raise UserError(f"this node has fedkd {__version__}, and the server has {question.version}; install the same")
+    for method in question.methods:
+        load(method)
+        importlib.import_module(f"clients.{method}")
+    config = Config.from_flat(json.loads(question.config))
+    place = Place.of(config, own_keys(context.node_config))
+    if place is None:
+        raise UserError("this node is simulated and has no data of its own")
+    return Description.of(hosted(config, place), place.clients)
+
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients that the message names and return their updates."""
     order = protocol.read_order(message)
-    worker = _worker(order.config, context.run_id)
+    worker = _worker_of(order, context)
     broadcast = worker.broadcast(message)
     personal = worker.personal(message, order.clients)
     updates, rows = [], []
@@ -65,7 +99,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Score the clients that the message names on their own test data."""
     order = protocol.read_order(message)
-    worker = _worker(order.config, context.run_id)
+    worker = _worker_of(order, context)
     broadcast = worker.broadcast(message, worker.method.Scoring)
     rows = []
     for client in order.clients:
@@ -110,14 +144,15 @@ def _score(model: Callable[[], Predictor], test: Shard) -> tuple[int, float]:
 class Worker:
     """What a process keeps between messages: data, workspaces and the client half; nothing that a result depends on."""
 
-    def __init__(self, config: Config, run_id: int) -> None:
-        self.config = config
+    def __init__(self, config: Config, run_id: int, place: Place | None = None, run: str = "") -> None:
+        self.config, self.place = config, place
         self.method = load(config.run.method).under(config.hyper)
         self.half = importlib.import_module(f"clients.{self.method.name}")
         self.device = pick_device(config.run.device)
-        self.data = federate(config)
-        self.setup = Setup.build(config, self.data.images.shape, self.data.classes, self.device)
-        self.store = ClientStore(run_folder(config, run_id) / "state")
+        self.data = hosted(config, place) if place else federate(config)
+        self.setup = Setup.build(config, self.data.shape, self.data.classes, self.device)
+        folder = place.folder(run) if place else run_folder(config, run_id) / "state"
+        self.store = ClientStore(folder, config.run.checkpoint_every)
         self.initial = self.setup.model.parameters.clone()
         self.initials = {name: other.model.parameters.clone() for name, other in self.setup.others.items()}
         self.shard = lru_cache(maxsize=None)(self._shard)
@@ -157,10 +192,33 @@ class Worker:
         )
 
 
+def _worker_of(order: protocol.Order, context: Context) -> Worker:
+    """Return this process's worker for an order, after checking that the order is for this node.
+
+    Raises:
+        ClientError: it is not.
+    """
+    try:
+        worker = _worker(order.config, context.run_id, own_keys(context.node_config), order.run)
+        if worker.place and (strange := sorted(set(order.clients) - set(worker.place.clients))):
+            raise UserError(f"client {strange[0]} is not hosted here")
+        return worker
+    except UserError as error:
+        raise ClientError(f"client {', '.join(map(str, order.clients))}: {error}") from error
+
+
 @lru_cache(maxsize=1)
-def _worker(config: str, run_id: int) -> Worker:
-    """Return this process's worker for a configuration (JSON of flat keys); one is kept at a time."""
+def _worker(config: str, run_id: int, node: NodeKeys | None, run: str) -> Worker:
+    """Return this process's worker for a configuration (JSON of flat keys); one is kept at a time.
+
+    Args:
+        config: the configuration.
+        run_id: Flower's number of the run.
+        node: what the node's configuration says, of a node that is a device.
+        run: the name under which a device keeps its clients' states.
+    """
     single_thread()
     gc.collect()
     gc.freeze()  # what is loaded by now stays, so the collector need not walk it again in every round
-    return Worker(Config.from_flat(json.loads(config)), run_id)
+    read = Config.from_flat(json.loads(config))
+    return Worker(read, run_id, Place.of(read, node), run)

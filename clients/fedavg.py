@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from clients.training import SGD, Job, Mean, Models, Outcome, Predictor
+from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, fine_tuned
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.fedavg import Broadcast, State, Update
@@ -36,6 +38,11 @@ def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
         state=State(statistics=job.model.statistics.clone(), last_round=torch.tensor(job.round)),
         metrics={"loss": loss.metric()},
     )
+
+
+def adapt(job: Job, broadcast: Broadcast, shard: Shard) -> Iterator[Predictor]:
+    """Plain fine-tuning: a newcomer predicts with what its local steps have made of the global model."""
+    return fine_tuned(job, start(job, broadcast, None), shard)
 
 
 def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Models:

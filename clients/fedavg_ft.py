@@ -8,6 +8,8 @@ from fedkd.data import Shard
 from fedkd.methods.fedavg import Broadcast
 from fedkd.methods.fedavg_ft import Hyper, State
 
+adapt = fedavg.adapt
+
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """FedAvg's local training; the client also keeps its model as it is before aggregation."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from clients import partial
@@ -21,16 +23,26 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     return partial.finish(job, shard, loss)
 
 
+def adapt(job: Job, broadcast: Broadcast, shard: Shard) -> Iterator[Predictor]:
+    """What is scored in the run, with a newcomer's epochs in place of ``fine-tune-steps``."""
+    return partial.adapt(job, broadcast, shard, _fine_tuned(job))
+
+
 def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Models:
     """The global body with the initial head, and the same after ``fine-tune-steps`` local steps, which are not kept."""
     hyper: Hyper = job.hyper
-    body = hyper.shared(job.model)
-    part = {"all": torch.ones_like(body), "head": ~body, "body": body}[hyper.fine_tune]
 
     def personal() -> Predictor:
-        sgd = partial.start(job, broadcast, state, part)
+        sgd = partial.start(job, broadcast, state, _fine_tuned(job))
         for x, y in job.batches(shard, steps=hyper.fine_tune_steps):
             sgd.step(cross_entropy(job.model(x), y).mean())
         return job.predictor()
 
     return Models(shared=partial.models(job, broadcast, state, shard).shared, personal=personal)
+
+
+def _fine_tuned(job: Job) -> torch.Tensor:
+    """Return the mask ``[P]`` of the part that ``fine-tune`` names."""
+    hyper: Hyper = job.hyper
+    body = hyper.shared(job.model)
+    return {"all": torch.ones_like(body), "head": ~body, "body": body}[hyper.fine_tune]

@@ -8,7 +8,7 @@ from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.partial import Broadcast, State
 
-models = partial.models
+models, adapt = partial.models, partial.adapt
 
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:

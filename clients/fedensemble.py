@@ -13,7 +13,7 @@ from fedkd.ensemble import ensemble
 from fedkd.methods.fedavg import State
 from fedkd.methods.fedensemble import Hyper, Scoring
 
-update = fedavg.update
+update, adapt = fedavg.update, fedavg.adapt
 
 
 def models(job: Job, broadcast: Scoring, state: State | None, shard: Shard) -> Models:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from clients import partial
-from clients.training import SGD, Job, Mean, Outcome
+from clients.training import SGD, Job, Mean, Outcome, Predictor
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.fedrep import Hyper
@@ -35,3 +37,9 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         sgd.step(loss.add(cross_entropy(job.model(x), y)))
     outcome = partial.finish(job, shard, loss)
     return outcome._replace(metrics=outcome.metrics | ({"head_loss": head_loss.metric()} if head_loss.weight else {}))
+
+
+def adapt(job: Job, broadcast: Broadcast, shard: Shard) -> Iterator[Predictor]:
+    """A newcomer fits a head to the representation, which stays as it is; without a head, it trains the model."""
+    hyper: Hyper = job.hyper
+    return partial.adapt(job, broadcast, shard, ~hyper.shared(job.model) if hyper.head != NO_STAGE else None)

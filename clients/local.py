@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, initial_statistics
+from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, fine_tuned, initial_statistics
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.local import Broadcast, State, Update
@@ -24,6 +26,11 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         ),
         metrics={"loss": loss.metric()},
     )
+
+
+def adapt(job: Job, broadcast: Broadcast, shard: Shard) -> Iterator[Predictor]:
+    """The same steps, from the initial model."""
+    return fine_tuned(job, start(job, None), shard)
 
 
 def start(job: Job, state: State | None) -> SGD:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, initial_statistics
+from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, fine_tuned, initial_statistics
 from fedkd.data import Shard
 from fedkd.partial import Broadcast, Hyper, State, Update, statistics_of
 
@@ -42,6 +44,11 @@ def start(job: Job, broadcast: Broadcast, state: State | None, part: torch.Tenso
     load(job, broadcast, state)
     job.model.module.train()
     return SGD(job, job.learning_rate(int(state.last_round) if state else 0), part=part)
+
+
+def adapt(job: Job, broadcast: Broadcast, shard: Shard, part: torch.Tensor | None = None) -> Iterator[Predictor]:
+    """A newcomer trains both parts, or the one that is given, from the shared part and the initial rest."""
+    return fine_tuned(job, start(job, broadcast, None, part), shard)
 
 
 def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:

@@ -15,6 +15,8 @@ SCORE_BATCH = 1024
 """Examples at a time when the gradient over all of a client's data is computed."""
 Batch = tuple[torch.Tensor, torch.Tensor]
 
+adapt = fedavg.adapt  # the model that was trained to be adapted is adapted, not trained on
+
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """Step along the gradient of ``f(w - alpha grad f(w))``, on three batches drawn independently; send w.

@@ -13,6 +13,8 @@ from fedkd.losses import cross_entropy
 from fedkd.methods import fedavg as fedavg_contract
 from fedkd.methods.pgfed import Broadcast, Hyper, Personal, State, Update
 
+adapt = fedavg.adapt  # a newcomer has no auxiliary gradient
+
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """Train from the global model with the auxiliary gradient, and learn alpha; then expand the own risk.

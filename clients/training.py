@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 
 from fedkd.config import Config, TrainSection
 from fedkd.data import Shard
+from fedkd.losses import cross_entropy
 from fedkd.models import FlatModel
 from fedkd.payload import Record
 from fedkd.rng import Streams
@@ -184,6 +186,20 @@ class SGD:
             self.buffer = direction.clone() if self.buffer is None else self.buffer.mul_(self.momentum).add_(direction)
             direction = self.buffer
         self.parameters.add_(direction, alpha=-self.lr)
+
+
+def fine_tuned(job: Job, sgd: SGD, shard: Shard) -> Iterator[Predictor]:
+    """Step along the cross-entropy in ``local-epochs`` passes, and after each yield what the workspace predicts.
+
+    The steps are those of :meth:`Job.batches`; a predictor is good until the next one is asked for.
+    """
+    size, drop, batches = min(job.train.batch_size, len(shard)), job.train.last_batch == "drop", job.batches(shard)
+    steps = len(shard) // size if drop else -(-len(shard) // size)
+    for _ in range(job.train.local_epochs):
+        job.model.module.train()
+        for x, y in islice(batches, steps):
+            sgd.step(cross_entropy(job.model(x), y).mean())
+        yield job.predictor()
 
 
 def initial_statistics(model: FlatModel) -> torch.Tensor:

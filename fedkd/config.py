@@ -48,6 +48,18 @@ class RunSection(Section):
     clients: int = Field(20, ge=1, description="number of clients")
     clients_per_round: int = Field(10, ge=0, description="clients sampled per round, without replacement; 0 means all")
     eval_every: int = Field(1, ge=1, description="rounds between evaluations of all clients; the last is always scored")
+    checkpoint_every: int = Field(
+        10, ge=1, description="rounds between checkpoints, from which `fedkd resume` goes on with an interrupted run"
+    )
+    on_failure: Literal["auto", "fail", "drop"] = Field(
+        "auto",
+        description="clients that fail, are late or answer wrongly end the run, or are dropped from the round; "
+        "auto: drop on devices where the method can do without them, else fail",
+    )
+    min_clients: int = Field(
+        1, ge=1, description="fewest clients that have to answer in a round when others are dropped"
+    )
+    timeout: float = Field(3600.0, gt=0, description="seconds that the nodes have to answer")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
     dir: str = Field(
         "", description="absolute folder of the results; empty: a new one under $FEDKD_RUNS or ~/fedkd-runs"
@@ -67,6 +79,10 @@ class RunSection(Section):
                 f"run.clients-per-round = {self.clients_per_round} is more than run.clients = {self.clients}; "
                 "lower it, or set 0 for all"
             )
+        if self.min_clients > self.cohort:
+            raise ValueError(
+                f"run.min-clients = {self.min_clients} is more than the {self.cohort} clients of a round; lower it"
+            )
         return self
 
     @property
@@ -79,9 +95,19 @@ class DataSection(Section):
     """Which images, who holds them, and how a client's test data is chosen."""
 
     name: str = Field("digits", description="digits, mnist, fashion_mnist, cifar10, cifar100, femnist, or a hub name")
-    root: str = Field("", description="local folder with the data (Parquet or idx); empty: the hub, when it is needed")
-    partition: Literal["iid", "dirichlet", "pathological", "natural", "fedgen"] = Field(
-        "dirichlet", description="fedgen is the Dirichlet recipe of FedGen's authors, replayed with data.seed"
+    root: str = Field(
+        "",
+        description="local folder with the data (Parquet or idx); empty: the hub, when it is needed; on devices: the "
+        "server's folder of public images, for methods that need them",
+    )
+    label: str = Field(
+        "", description="name of the label column (Parquet, hub); empty: the one there is, or cifar100's fine_label"
+    )
+    config: str = Field("", description="configuration (subset) of a hub data set; empty: the only one that it has")
+    partition: Literal["iid", "dirichlet", "pathological", "natural", "fedgen", "devices"] = Field(
+        "dirichlet",
+        description="fedgen is the Dirichlet recipe of FedGen's authors, replayed with data.seed; devices: each node "
+        "has the data of the clients that its node-config names (docs/deployment.md)",
     )
     alpha: float = Field(0.1, gt=0, description="Dirichlet concentration: smaller is more skewed")
     classes_per_client: int = Field(
@@ -90,6 +116,9 @@ class DataSection(Section):
         description="classes per client of the pathological partition; classes that no client draws are left out",
     )
     min_size: int = Field(10, ge=1, description="fewest examples a client may hold (Dirichlet)")
+    newcomers: int = Field(
+        0, ge=0, description="further clients of the partition, held out of the run for `fedkd adapt`; 0: none"
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training data that is dealt out")
     test: Literal["pooled", "own-labels"] = Field(
         "pooled",
@@ -195,6 +224,8 @@ class Config(BaseModel):
         for key, value in flat.items():
             if key not in known:
                 raise UserError(f"unknown key '{key}'{nearest(key, known)} (`fedkd show --keys` lists all)")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UserError(f"{key} = {value}: a whole number has to fit into 64 bits")
             section, name = key.split(".", 1)
             sections.setdefault(section, {})[name] = value
         for key, value in {**LEFT_TO_METHODS, **method.defaults}.items():
@@ -225,7 +256,7 @@ class Config(BaseModel):
             tables.setdefault(section, {})[name] = value
         return tomli_w.dumps(tables)
 
-    def digest(self) -> str:
+    def settings_hash(self) -> str:
         """Return a short hash of every setting but the folders of the results and of the data."""
         flat = {k: v for k, v in self.flat().items() if k not in ("run.dir", "data.root")}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
@@ -286,7 +317,8 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
     if not sign or not key.strip():
         raise UserError(f"'{text}' is not an assignment; write section.key=value, e.g. train.lr=0.1")
     try:
-        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+        parsed = tomllib.loads(f"value = {raw.strip()}")
+        value = parsed["value"] if len(parsed) == 1 else raw.strip()  # more than one: a line break in the word
     except tomllib.TOMLDecodeError:
         value = raw.strip()
     if not isinstance(value, (str, int, float, bool)):
@@ -295,9 +327,16 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
 
 
 def read_toml(path: Path) -> dict[str, Scalar]:
-    """Read a ``config.toml`` back into flat keys."""
-    tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    """Read a ``config.toml`` back into flat keys.
+
+    Raises:
+        UserError: a file that cannot be read, or that is no TOML of sections.
+    """
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as settings: {error}") from error
 
 
 def _first_line(section: str, error: ValidationError) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +17,13 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 
+TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Mean client accuracies whose cost every summary states."""
+
+
 def decile(accuracies: Floats, worst: bool) -> float:
-    """Return the mean of the worst (or best) tenth of the clients, at least one client."""
-    count = max(1, round(len(accuracies) / 10))
+    """Return the mean of the worst (or best) tenth of the clients; a tenth is rounded up to whole clients."""
+    count = math.ceil(len(accuracies) / 10)
     ordered = np.sort(accuracies)
     return float((ordered[:count] if worst else ordered[-count:]).mean())
 
@@ -90,8 +96,34 @@ def hurt(evaluations: pd.DataFrame, local: pd.DataFrame) -> int:
     return int((mine < alone).sum())
 
 
-def summarize(run: Run) -> dict[str, Any]:
-    """Return the figures of a run as plain numbers; accuracies in [0, 1]."""
+def costs(curve: pd.Series[float], clients: pd.DataFrame, targets: Iterable[float]) -> dict[str, Any]:
+    """Return, per target, the round at which a curve first reaches it and the bytes sent until then, both ways.
+
+    Args:
+        curve: accuracy in [0, 1] by evaluated round.
+        clients: the log of that name.
+        targets: accuracies in [0, 1].
+
+    Returns:
+        ``{"round", "bytes"}`` by target as text, in ascending order; None for one that is never reached.
+    """
+    found: dict[str, Any] = {}
+    for target in sorted(set(targets)):
+        first = rounds_to(curve, target)
+        sent = clients[clients["round"] <= first] if first is not None else None
+        found[f"{target:g}"] = (
+            None if sent is None else {"round": first, "bytes": int((sent["bytes_down"] + sent["bytes_up"]).sum())}
+        )
+    return found
+
+
+def summarize(run: Run, targets: Sequence[float] = ()) -> dict[str, Any]:
+    """Return the figures of a run as plain numbers; accuracies in [0, 1].
+
+    Args:
+        run: a run, finished or not.
+        targets: accuracies beside :data:`TARGETS` whose cost is wanted.
+    """
     clients, rounds = run.frame("clients"), run.frame("rounds")
     out: dict[str, Any] = {
         "method": run.config.run.method,
@@ -102,6 +134,12 @@ def summarize(run: Run) -> dict[str, Any]:
         "bytes_up": int(clients["bytes_up"].sum()) if len(clients) else 0,
         "seconds": float(rounds["seconds"].sum()) if len(rounds) else 0.0,
     }
+    if "dropped" in rounds:
+        gone = [each for row in rounds["dropped"].dropna() for each in row]
+        out["dropped"] = {
+            "rounds": int(rounds["dropped"].notna().sum()),
+            "clients": sorted({client for each in gone for client in each["clients"]}),
+        }
     evaluations = run.evaluations
     if evaluations.empty:
         return out
@@ -118,5 +156,6 @@ def summarize(run: Run) -> dict[str, Any]:
         "best_weighted": float(curves["weighted"].max()),
         "last_global": float(final["global"].mean()),
         "fairness": fairness(final["accuracy"].to_numpy(dtype=float)),
+        "reached": costs(curves["mean"], clients, (*TARGETS, *targets)),
     }
     return out

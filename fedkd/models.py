@@ -174,15 +174,11 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
             model = StagedModel(OrderedDict(_MODELS[name](config, input_shape, classes)), input_shape)
             model.input_of("head")
         except (RuntimeError, ZeroDivisionError, ValueError) as error:
+            advice = "try model.name=mlp" if name != "mlp" else str(error).partition("\n")[0]
             raise UserError(
-                f"model.name = '{name}' cannot take images of {'x'.join(map(str, input_shape))}; try model.name=mlp"
+                f"model.name = '{name}' cannot take images of {'x'.join(map(str, input_shape))}; {advice}"
             ) from error
     return model
-
-
-def names() -> tuple[str, ...]:
-    """Return the names that ``model.name`` takes."""
-    return ("auto", *_MODELS)
 
 
 Stages = Iterator[tuple[str, nn.Module]]

@@ -7,32 +7,38 @@
 - ``rounds.jsonl``: a line per round: who trained, the server's metrics, a hash of the server's state, seconds;
 - ``clients.jsonl``: a line per round and trained client: loss, examples, exact bytes down and up, seconds;
 - ``evaluations.jsonl``: a line per evaluation and client: correct, total and loss of the global and personal model;
+- ``checkpoints/``: what an interrupted run goes on from (:mod:`fedkd.checkpoints`), gone when it has finished;
 - ``final.safetensors``: the server's state at the end; ``summary.json``: written last, so its presence means finished;
 - ``error.txt``, only when the run failed: why.
 
-The ``.jsonl`` files only grow, a line at a time, so a run that was stopped is readable up to its last line.
+The ``.jsonl`` files only grow, a line at a time, so a run that was stopped is readable up to its last line; one that
+goes on cuts them back to its checkpoint first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from safetensors.torch import save
-
-from fedkd.config import Config, read_toml
+from fedkd import checkpoints
+from fedkd.checkpoints import LOGS, Checkpoint
+from fedkd.config import Config, defaults, read_toml
 from fedkd.errors import UserError
-from fedkd.payload import Record
+from fedkd.files import write_whole
+from fedkd.payload import Record, Sizes
 
 try:
     import fcntl
@@ -42,64 +48,141 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     import pandas as pd
 
+_log = logging.getLogger(__name__)
+
 Row = dict[str, Any]
-LOGS = ("rounds", "clients", "evaluations")
+_COLUMNS = {
+    "rounds": ("round",),
+    "clients": ("round", "client", "bytes_down", "bytes_up"),
+    "evaluations": ("round", "client", "total"),
+}
+"""What every row of a log has, as whole numbers."""
 _TIMES = ("seconds", "seconds_train", "seconds_server", "seconds_evaluate")
 
 
 class Recorder:
-    """Writes a run's folder.
+    """Writes a run's folder, a new one or that of an interrupted run, which then goes on.
 
     Args:
-        folder: where; it must not hold a run already.
+        folder: where.
         config: the run's configuration.
         partition: the partition as CSV.
         data: fingerprint of the data.
 
     Raises:
-        UserError: the folder holds another run, or cannot be written.
+        UserError: the folder holds a run that cannot go on like this, or cannot be written.
     """
 
     def __init__(self, folder: Path, config: Config, partition: str, data: str = "") -> None:
-        self.folder = folder
+        self.folder, self._every = folder, config.run.eval_every
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(folder)
-            if (folder / "rounds.jsonl").exists():
-                raise UserError(f"{folder} already holds a run; take another folder with --out")
-            (folder / "config.toml").write_text(config.toml(), encoding="utf-8")
-            (folder / "environment.json").write_text(
-                json.dumps(environment() | {"data": data}, indent=2) + "\n", encoding="utf-8"
-            )
-            (folder / "partition.csv").write_text(partition, encoding="utf-8")
-            self._files = {name: (folder / f"{name}.jsonl").open("a", encoding="utf-8") for name in LOGS}
+            with ExitStack() as undo:
+                self._lock = undo.enter_context(lock(folder))
+                if started(folder):
+                    check_goes_on(folder, config, data)
+                else:
+                    (folder / "partition.csv").write_text(partition, encoding="utf-8")
+                    _write_json(folder / "environment.json", environment() | {"data": data})
+                    # the last, and whole: now there is a run here
+                    write_whole(folder / "config.toml", config.toml().encode(), flush=False)
+                (folder / "error.txt").unlink(missing_ok=True)
+                self._files = {name: (folder / f"{name}.jsonl").open("ab") for name in LOGS}
+                undo.pop_all()
         except OSError as error:
             raise UserError(f"the results cannot be written to {folder}: {error.strerror}") from error
+
+    def resume(self, start: Record, sizes: Sizes) -> Checkpoint:
+        """Return where the run begins or goes on, after cutting the logs back to it.
+
+        Args:
+            start: the server's state before the first round.
+            sizes: the symbolic dimensions of its fields.
+        """
+        found = checkpoints.newest(self.folder, start, sizes, self._every)
+        if any(file.tell() for file in self._files.values()):
+            path = self.folder / "environment.json"
+            known = json.loads(path.read_text(encoding="utf-8"))
+            again = {"after_round": found.round, **environment()}
+            _write_json(path, known | {"resumed": [*known.get("resumed", []), again]})
+        for name, end in found.ends.items():
+            os.truncate(self.folder / f"{name}.jsonl", end)
+        return found
 
     def write(self, log: str, rows: Iterable[Row]) -> None:
         """Append rows to one of the logs; they are on their way to the disk when this returns."""
         file = self._files[log]
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         file.flush()
 
+    def checkpoint(self, round: int, state: Record) -> None:
+        """Make sure that the run can go on after this round, whatever happens; ``state`` is the server's."""
+        self._flush()
+        checkpoints.write(self.folder, round, state)
+
     def finish(self, state: Record) -> None:
-        """Write the final state and the summary, and close."""
-        tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
-        (self.folder / "final.safetensors").write_bytes(save(tensors))
+        """Write the final state and the summary, which take the place of the checkpoints, and close."""
+        kept = (self.folder / checkpoints.FOLDER).exists()  # a run without any is not worth the wait for the disk
+        if kept:
+            self._flush()
+        write_whole(self.folder / "final.safetensors", checkpoints.state_bytes(state), flush=kept)
+        _write_json(self.folder / "summary.json", Run(self.folder).summary(), flush=kept)
+        shutil.rmtree(self.folder / checkpoints.FOLDER, ignore_errors=True)
         self.close()
-        part = self.folder / "summary.json.part"
-        part.write_text(json.dumps(Run(self.folder).summary(), indent=2) + "\n", encoding="utf-8")
-        part.replace(self.folder / "summary.json")
 
     def fail(self, error: Exception) -> None:
         """Say in ``error.txt`` why the run ended early."""
         (self.folder / "error.txt").write_text(f"{error}\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        """Wait until the logs are on the disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files; what has been written stays readable."""
         for file in self._files.values():
             file.close()
         self._lock.close()
+
+
+def started(folder: Path) -> bool:
+    """Return whether a run has begun in a folder; before that, there is nothing to lose in it."""
+    return (folder / "config.toml").exists()
+
+
+def check_same(folder: Path, config: Config, data: str) -> None:
+    """Check that the run in a folder is this one.
+
+    Args:
+        data: fingerprint of the data.
+
+    Raises:
+        UserError: it has other settings or other data.
+    """
+    run = Run(folder)
+    if run.config.settings_hash() != config.settings_hash():
+        raise UserError(f"{folder} already holds a run, with other settings; take another folder with --out")
+    if run.data != data:
+        raise UserError(f"{folder} holds a run of other data (data.root differs?); take another folder with --out")
+
+
+def check_goes_on(folder: Path, config: Config, data: str) -> None:
+    """Check that the run in a folder is this one, interrupted, and made with this version of fedkd.
+
+    Raises:
+        UserError: it is not.
+    """
+    run = Run(folder)
+    if run.finished:
+        raise UserError(f"{folder} already holds a run, and it is finished; take another folder with --out")
+    ours, theirs = environment()["packages"]["fedkd"], run.environment.get("packages", {}).get("fedkd")
+    if ours != theirs:
+        raise UserError(
+            f"{folder} holds an interrupted run of fedkd {theirs}, and this is fedkd {ours}, which may give other "
+            f"numbers; go on with fedkd {theirs}, or begin anew in another folder"
+        )
+    check_same(folder, config, data)
 
 
 def lock(folder: Path) -> IO[bytes]:
@@ -151,24 +234,23 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
-def state_hash(state: Record) -> str:
-    """Return a hash of a record's names, dtypes, shapes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in state.tensors().items():
-        digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _write_json(path: Path, value: Row, flush: bool = False) -> None:
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode(), flush)
 
 
 @dataclass(frozen=True)
 class Run:
     """A run's folder, read.
 
+    Every reader raises :class:`UserError` for a file that is missing or damaged, and names it.
+
     Args:
         folder: the folder that :class:`Recorder` wrote.
+        label: what tables and figures call it and its repetitions; empty: its method and the settings that matter.
     """
 
     folder: Path
+    label: str = ""
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -178,14 +260,22 @@ class Run:
             UserError: no run there.
         """
         run = cls(Path(folder))
-        if not (run.folder / "config.toml").is_file() or not (run.folder / "rounds.jsonl").is_file():
-            raise UserError(f"{folder} holds no run (no config.toml and rounds.jsonl)")
+        with _readable(run.folder):
+            if not (run.folder / "config.toml").is_file() or not (run.folder / "rounds.jsonl").is_file():
+                raise UserError(f"{folder} holds no run (no config.toml and rounds.jsonl)")
         return run
 
     @cached_property
     def config(self) -> Config:
-        """The run's configuration."""
-        return Config.from_flat(read_toml(self.folder / "config.toml"))
+        """The run's configuration; settings that only another version knows are left out, with a warning."""
+        path, known = self.folder / "config.toml", defaults()
+        stored = read_toml(path)
+        if unknown := [key for key in stored if key not in known]:
+            _log.warning("fedkd: %s: settings of another version are left out: %s", path, ", ".join(unknown))
+        try:
+            return Config.from_flat({key: value for key, value in stored.items() if key in known})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @property
     def finished(self) -> bool:
@@ -193,14 +283,30 @@ class Run:
         return (self.folder / "summary.json").exists()
 
     @property
+    def environment(self) -> Row:
+        """Versions and machine that the run was begun with, and, under ``resumed``, those that it went on with."""
+        path = self.folder / "environment.json"
+        with _readable(path):
+            environment: Row = dict(json.loads(path.read_bytes()))
+        return environment
+
+    @property
     def data(self) -> str:
         """Fingerprint of the data that the run was made with."""
-        return str(json.loads((self.folder / "environment.json").read_text(encoding="utf-8")).get("data", ""))
+        return str(self.environment.get("data", ""))
 
     def rows(self, log: str) -> list[Row]:
-        """Return the complete lines of a log."""
-        text = (self.folder / f"{log}.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        """Return the complete lines of a log; a last one that was cut short when the run stopped is left out."""
+        path, rows = self.folder / f"{log}.jsonl", list[Row]()
+        with _readable(path):
+            lines = path.read_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            with _readable(path, f"line {number} of {len(lines)}: "):
+                row: Row = dict(json.loads(line))
+                if wrong := [name for name in _COLUMNS[log] if not isinstance(row.get(name), int)]:
+                    raise ValueError(f"no whole number {', '.join(wrong)}")
+            rows.append(row)
+        return rows
 
     def frame(self, log: str) -> pd.DataFrame:
         """Return a log as a data frame: ``rounds``, ``clients`` or ``evaluations``."""
@@ -221,7 +327,8 @@ class Run:
         frame = frame[frame["total"] > 0].copy()
         for kind in ("global", "personal"):
             correct = frame[f"{kind}_correct"] if f"{kind}_correct" in frame else float("nan")
-            frame[kind] = correct / frame["total"]
+            with _readable(self.folder / "evaluations.jsonl"):
+                frame[kind] = correct / frame["total"]
         frame["personal"] = frame["personal"].fillna(frame["global"])
         frame["accuracy"] = frame["personal"]
         return frame
@@ -231,7 +338,12 @@ class Run:
         """The partition: client, split, examples, ``class_*``."""
         import pandas as pd
 
-        return pd.read_csv(self.folder / "partition.csv")
+        path = self.folder / "partition.csv"
+        with _readable(path):
+            frame = pd.read_csv(path)
+            if missing := sorted({"client", "split", "examples"} - set(frame.columns)):
+                raise ValueError(f"no columns {', '.join(missing)}")
+        return frame
 
     def digest(self) -> str:
         """Return the sha256 of the run's history without its times; equal digests mean equal results."""
@@ -242,11 +354,26 @@ class Run:
                 digest.update(json.dumps(kept, sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
-    def summary(self) -> Row:
-        """Return the run's figures: last round beside best round, fairness, bytes and seconds."""
+    def summary(self, targets: Sequence[float] = ()) -> Row:
+        """Return the run's figures: last round beside best round, fairness, bytes, seconds, and cost of each target.
+
+        Args:
+            targets: accuracies in [0, 1] beside :data:`fedkd.metrics.TARGETS`.
+        """
         from fedkd.metrics import summarize
 
-        return summarize(self)
+        return summarize(self, targets)
+
+
+@contextmanager
+def _readable(path: Path, where: str = "") -> Iterator[None]:
+    """Name the file when the block that reads it fails."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {where}{' '.join(str(error).split())}") from error
 
 
 def spread(mean: float, deviation: float, digits: int = 2) -> str:

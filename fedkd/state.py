@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
+from fedkd.checkpoints import needed, state_bytes
 from fedkd.payload import Record, Sizes
 
 R = TypeVar("R", bound=Record)
-KEPT_VERSIONS = 2
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class ClientStore:
 
     Args:
         folder: where the files lie; made when first needed.
+        checkpoint_every: rounds between the server's checkpoints, to which it may go back.
     """
 
     folder: Path
+    checkpoint_every: int = 1
 
     def load(self, kind: type[R], client: int, before_round: int, sizes: Sizes) -> R | None:
         """Return the newest state older than ``before_round``, or None for a client that has not taken part."""
@@ -38,16 +40,16 @@ class ClientStore:
         return kind(**tensors).check(sizes, f"client {client} (stored state of round {versions[-1]})")
 
     def save(self, state: Record, client: int, round: int) -> None:
-        """Write the state after a round, whole or not at all, and drop later versions and all but the newest."""
+        """Write the state after a round, whole or not at all, and drop what is later or no longer needed."""
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
-        part.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in state.tensors().items()}))
+        part.write_bytes(state_bytes(state))
         part.replace(path)
         versions = self._versions(client)
-        replayed = [r for r in versions if r > round]
-        for other in [*replayed, *[r for r in versions if r <= round][:-KEPT_VERSIONS]]:
-            self._path(client, other).unlink(missing_ok=True)
+        kept = {self._path(client, r) for r in needed(versions, round, self.checkpoint_every)}
+        for other in set(path.parent.iterdir()) - kept:  # the part of a file that a process left when it died too
+            other.unlink(missing_ok=True)
 
     def _path(self, client: int, round: int) -> Path:
         return self.folder / f"{client:06d}" / f"{round:06d}.safetensors"

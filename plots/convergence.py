@@ -16,7 +16,7 @@ from plots import style
 from plots.tables import Group, describe, describe_seeds, groups
 
 By = Literal["round", "bytes", "seconds"]
-Column = Literal["accuracy", "global", "personal"]
+Column = Literal["accuracy", "global", "personal", "worst_decile"]
 
 
 def _rounds(run: Run) -> pd.Series[float]:
@@ -42,6 +42,7 @@ _COLUMNS = {
     "accuracy": "mean client accuracy (%)",
     "global": "global model accuracy (%)",
     "personal": "personal model accuracy (%)",
+    "worst_decile": "accuracy of the worst tenth (%)",
 }
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -58,7 +59,8 @@ def convergence(
     Args:
         runs: runs of one or more methods and seeds.
         by: the horizontal axis: round, bytes or seconds so far (mean over seeds).
-        column: whose accuracy: of the model a client would use, of the global model, or of the personal one.
+        column: whose accuracy: of the model a client would use, of the global model, of the personal one, or, of the
+            first, the mean over the worst tenth of the clients at each round.
         targets: accuracies in [0, 1] to mark; the caption says who reaches them when.
 
     Returns:
@@ -71,7 +73,7 @@ def convergence(
         if value not in known:
             raise UserError(f"{name} = '{value}'{nearest(value, known)} (known: {', '.join(known)})")
     found = groups(runs)
-    curves = [(group, *_curve(group, by, column)) for group in found]
+    curves = [(group, *curve(group, by, column)) for group in found]
     curves = [curve for curve in curves if len(curve[1]) and not np.isnan(curve[2]).all()]
     if not curves:
         raise UserError(f"none of the runs has {_COLUMNS[column].removesuffix(' (%)')} at a round that its seeds share")
@@ -87,11 +89,7 @@ def convergence(
     axes = figure.add_subplot()
     for number, (group, x, values) in enumerate(curves):
         look = style.line(group.method, group.variant)
-        mean = values.mean(axis=0)
-        axes.plot(x / divisor, mean, label=group.label, markevery=style.sparse_markers(len(x), number), **look)
-        if len(values) > 1:
-            band = values.std(axis=0, ddof=1)
-            axes.fill_between(x / divisor, mean - band, mean + band, color=look["color"], alpha=0.18, linewidth=0)
+        style.band(figure, axes, label, group.label, look, x / divisor, values, number)
     for target in targets:
         axes.axhline(100 * target, color=style.GREY, linewidth=0.8, linestyle=":", zorder=1.5)
         axes.annotate(
@@ -103,6 +101,9 @@ def convergence(
             va="center",
             color=style.GREY,
         )
+    style.percent(axes)
+    if by == "round" and axes.dataLim.width == 0:  # one round
+        axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x0 + 1)
     axes.set_xlabel(label)
     axes.set_ylabel(_COLUMNS[column])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=by == "round", steps=[1, 2, 5, 10]))
@@ -111,9 +112,13 @@ def convergence(
     return figure
 
 
-def _curve(group: Group, by: By, column: Column) -> tuple[Floats, Floats]:
-    """Return the places ``[rounds]`` on the horizontal axis and the percentages ``[seeds, rounds]``."""
-    curves = [100 * by_round(run.evaluations, column)["mean"] for run in group.runs]
+def curve(group: Group, by: By, column: Column) -> tuple[Floats, Floats]:
+    """Return the places ``[rounds]`` on the horizontal axis and the percentages ``[seeds, rounds]``.
+
+    Both at the rounds that all seeds evaluated; rounds, bytes or seconds so far, mean over seeds.
+    """
+    of, statistic = ("accuracy", "worst_decile") if column == "worst_decile" else (column, "mean")
+    curves = [100 * by_round(run.evaluations, of)[statistic] for run in group.runs]
     places = [_AXES[by][0](run) for run in group.runs]
     common = curves[0].index
     for other in (*curves[1:], *places):
@@ -131,10 +136,15 @@ def _caption(
     column: Column,
     targets: Sequence[float],
 ) -> str:
-    model = {"accuracy": "", "global": " with the global model", "personal": " with their personal models"}[column]
+    whose = {
+        "accuracy": "the clients",
+        "global": "the clients with the global model",
+        "personal": "the clients with their personal models",
+        "worst_decile": "the worst tenth of the clients at each round",
+    }[column]
     seeds = describe_seeds({group.label: len(group.runs) for group in drawn})
     parts = [
-        f"Accuracy of the clients{model}, weighted equally, against {_AXES[by][1]}; {describe(runs)}.",
+        f"Accuracy of {whose}, weighted equally, against {_AXES[by][1]}; {describe(runs)}.",
         f"Lines: mean over seeds ({seeds}), up to the last round that all of them reached.",
         "Bands: plus and minus one sample standard deviation over seeds; a line of one seed has none.",
     ]
@@ -149,12 +159,12 @@ def _caption(
 
 def _reached(group: Group, by: By, column: Column, target: float) -> str:
     """Return the round at which the mean over seeds reaches a target, and what it had cost until then."""
-    numbers, values = _curve(group, "round", column)
+    numbers, values = curve(group, "round", column)
     first = rounds_to(pd.Series(values.mean(axis=0) / 100, index=numbers), target)
     if first is None:
         return "never"
     # Seconds only where they are asked for: without them, equal results have equal captions.
-    cost = float(_curve(group, "seconds" if by == "seconds" else "bytes", column)[0][numbers == first][0])
+    cost = float(curve(group, "seconds" if by == "seconds" else "bytes", column)[0][numbers == first][0])
     divisor, unit = (1.0, "s") if by == "seconds" else _unit(cost)
     return f"round {first} ({cost / divisor:.3g} {unit})"
 

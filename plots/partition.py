@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -79,6 +81,23 @@ def partition(source: Run | pd.DataFrame, split: str = "train") -> style.Caption
     axes.set_yticks(range(0, len(classes), step), [name.removeprefix("class_") for name in classes[::step]])
     _size(figure, bubbles, counts)
     figure.caption = _caption(counts, split, many)
+    return figure
+
+
+def partition_of(runs: Sequence[Run]) -> style.CaptionedFigure:
+    """Draw the partition of the first of some runs; its caption says which runs have another one.
+
+    Raises:
+        UserError: no runs.
+    """
+    if not runs:
+        raise UserError("there are no runs to draw the partition of")
+    first = runs[0]
+    figure = partition(first)
+    others = sorted({run.config.data_seed for run in runs if not run.partition.equals(first.partition)})
+    figure.caption += f" Seed of the partition: {first.config.data_seed}."
+    if others:
+        figure.caption += f" Runs with another partition, not drawn here, have the seeds {', '.join(map(str, others))}."
     return figure
 
 

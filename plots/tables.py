@@ -22,7 +22,7 @@ class Group:
     """The runs of one method in one setting, a run per seed.
 
     Args:
-        label: the method's name, with the settings that tell it from the method's other groups.
+        label: that of the runs, or the method's name, with the settings that tell it from the method's other groups.
         method: the method's name.
         variant: which of the method's groups it is, from 0.
         runs: the runs, in the order in which they were given.
@@ -65,7 +65,8 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         _check_repetitions(method, members)
         others = [other for other, _ in settings[method]]
         told = [f"{key}={value}" for key, value in mine.items() if any(other[key] != value for other in others)]
-        found.append(Group(f"{method} ({', '.join(told)})" if told else method, method, variant, tuple(members)))
+        label = members[0].label or (f"{method} ({', '.join(told)})" if told else method)
+        found.append(Group(label, method, variant, tuple(members)))
     return found
 
 
@@ -77,6 +78,27 @@ def _check_repetitions(method: str, runs: Sequence[Run]) -> None:
             raise UserError(
                 f"{other.folder} and {run.folder} are both {method} with run.seed = {run.config.run.seed}; give one"
             )
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """Return the settings that tell runs apart which are no repetitions of each other, by key."""
+    return {key: value for key, value in run.config.flat().items() if key not in _NOT_SETTINGS}
+
+
+def varied(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Return the settings that have several values among runs of one method, with their values, numbers in order.
+
+    ``run.method`` is one of them if there are several methods; what merely comes with a method is not.
+    """
+    found: dict[str, list[Any]] = {}
+    flats = [settings(run) for run in runs]
+    for key in dict.fromkeys(key for flat in flats for key in flat):
+        here = [flat for flat in flats if key in flat]
+        values = list(dict.fromkeys(flat[key] for flat in here))
+        pairs = {(flat["run.method"], flat[key]) for flat in here}
+        if len(values) > 1 and (key == "run.method" or len(pairs) > len({method for method, _ in pairs})):
+            found[key] = values if isinstance(values[0], str) else sorted(values)
+    return found
 
 
 def repetition(run: Run) -> tuple[int, int]:
@@ -133,6 +155,23 @@ def comparison(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame([_row(group, runs) for group in groups(runs)])
 
 
+def summaries(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """Return the summary of each run, with the number of clients worse than alone where there is a run of ``local``.
+
+    Args:
+        runs: runs of any methods and seeds.
+        targets: accuracies in [0, 1] beside :data:`fedkd.metrics.TARGETS`.
+    """
+    found = []
+    for run in runs:
+        control = alone(run, runs)
+        summary: dict[str, Any] = {"run": str(run.folder), **run.summary(targets)}
+        if control is not None:
+            summary |= {"control": str(control.folder), "hurt": hurt(run.evaluations, control.evaluations)}
+        found.append(summary)
+    return found
+
+
 def _row(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
     summaries = [run.summary() for run in group.runs]
     row: dict[str, Any] = {"method": group.label, "seeds": len(group.runs)}
@@ -172,16 +211,24 @@ def markdown(frame: pd.DataFrame) -> str:
 
     NaN is written as a dash.
     """
-    columns = [name for name in frame.columns if not name.endswith("_std")]
-    lines = [[_HEADINGS.get(name, name) for name in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    heading, *rows = cells(frame)
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def cells(frame: pd.DataFrame) -> list[list[str]]:
+    """Return the text of :func:`comparison`'s frame (or some of its columns): the headings, then a line per row."""
+    columns = [str(name) for name in frame.columns if not str(name).endswith("_std")]
+    lines = [[_HEADINGS.get(name, name) for name in columns]]
     for _, row in frame.iterrows():
         lines.append([_cell(name, row[name], row.get(f"{name}_std", float("nan"))) for name in columns])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return lines
 
 
 def _cell(name: str, value: Any, deviation: float) -> str:
     if isinstance(value, str):
-        return value.replace("|", "\\|")
+        return value
     if value != value:
         return "–"
     if name in ("seeds", "rounds"):
@@ -219,17 +266,23 @@ def paired(runs: Sequence[Run], a: str, b: str) -> Difference:
     Raises:
         UserError: no such label, no seed that both have, or a pair whose clients differ.
     """
+    differences = list(paired_differences(runs, a, b).values())
+    mean, std = over_seeds(differences)
+    return Difference(mean, std, len(differences), p_value(differences))
+
+
+def paired_differences(runs: Sequence[Run], a: str, b: str) -> dict[tuple[int, int], float]:
+    """Return the differences of :func:`paired` in points, by :func:`repetition`; its arguments and errors."""
     by_label = {group.label: {repetition(run): run for run in group.runs} for group in groups(runs)}
     for label in (a, b):
         if label not in by_label:
             raise UserError(f"no run of '{label}'{nearest(label, by_label)} (there are: {', '.join(by_label)})")
-    differences = [
-        _difference(run, by_label[b][seed], a, b) for seed, run in by_label[a].items() if seed in by_label[b]
-    ]
+    differences = {
+        seed: _difference(run, by_label[b][seed], a, b) for seed, run in by_label[a].items() if seed in by_label[b]
+    }
     if not differences:
         raise UserError(f"'{a}' and '{b}' have no seed in common, so they cannot be paired")
-    mean, std = over_seeds(differences)
-    return Difference(mean, std, len(differences), _p_value(differences))
+    return differences
 
 
 def _difference(one: Run, other: Run, a: str, b: str) -> float:
@@ -242,7 +295,8 @@ def _difference(one: Run, other: Run, a: str, b: str) -> float:
     return float(100 * (curves[0][common.max()] - curves[1][common.max()]))
 
 
-def _p_value(differences: Sequence[float]) -> float:
+def p_value(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value of the paired t-test; NaN for one difference, and where all are equal."""
     from scipy import stats  # here, not above: a tenth of a second that only a comparison over seeds needs
 
     if len(differences) < 2 or np.ptp(differences) < 1e-9:
@@ -255,7 +309,8 @@ def describe(runs: Sequence[Run]) -> str:
     seen: dict[str, None] = {}
     for run in runs:
         data, section = run.config.data, run.config.run
-        skew = f" (alpha {data.alpha:g})" if data.partition in ("dirichlet", "fedgen") else ""
+        alpha, classes = f" (alpha {data.alpha:g})", f" ({data.classes_per_client} classes each)"
+        skew = {"dirichlet": alpha, "fedgen": alpha, "pathological": classes}.get(data.partition, "")
         seen[f"{data.name}, {data.partition}{skew}, {section.clients} clients, {section.cohort} per round"] = None
     return "; ".join(seen)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from fedkd.errors import UserError
+from plots.figures import DEFAULT, chosen, draw_all, listing
+from sims.show import error_console, out_console, show_adaptation, show_comparison, show_partition, show_summary
 
 if TYPE_CHECKING:
-    from fedkd.config import Scalar
+    from fedkd.config import Config, Scalar
     from fedkd.results import Run
+    from sims.doctor import Finding
 
 app = typer.Typer(
     name="fedkd",
@@ -28,8 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out_console = Console()
-error_console = Console(stderr=True)
 
 
 class EngineName(StrEnum):
@@ -37,6 +40,15 @@ class EngineName(StrEnum):
 
     inline = "inline"
     simulation = "simulation"
+    deployment = "deployment"
+
+
+class Axis(StrEnum):
+    """What a convergence figure has on its horizontal axis."""
+
+    round = "round"
+    bytes = "bytes"
+    time = "time"
 
 
 class TableFormat(StrEnum):
@@ -46,10 +58,24 @@ class TableFormat(StrEnum):
     parquet = "parquet"
 
 
+def _folder(text: str | Path) -> Path:
+    """Read a folder from the command line; an empty word is a variable that was never set, not this folder."""
+    if not str(text).strip():
+        raise typer.BadParameter("the name of the folder is empty")
+    return Path(text).expanduser()
+
+
+def _out(text: str) -> Any:
+    return typer.Option("--out", parser=_folder, metavar="DIR", help=text)
+
+
 DataOption = Annotated[
     str | None, typer.Option("--data", help="digits, mnist, fashion_mnist, cifar10, cifar100, femnist or a hub name.")
 ]
-RootOption = Annotated[Path | None, typer.Option("--root", help="Local folder with the data (data.root).")]
+RootOption = Annotated[
+    Path | None,
+    typer.Option("--root", parser=_folder, metavar="DIR", help="Local folder with the data (data.root)."),
+]
 ClientsOption = Annotated[int | None, typer.Option("--clients", help="Number of clients.")]
 CohortOption = Annotated[int | None, typer.Option("--clients-per-round", help="Clients sampled per round; 0: all.")]
 RoundsOption = Annotated[int | None, typer.Option("--rounds", help="Communication rounds.")]
@@ -59,10 +85,32 @@ SetOption = Annotated[
 ]
 EngineOption = Annotated[
     EngineName,
-    typer.Option("--engine", help="inline: this process; simulation: flwr run with Ray. The results are the same."),
+    typer.Option(
+        "--engine",
+        help="inline: this process; simulation: flwr run with Ray; deployment: devices. The results are the same.",
+    ),
+]
+SuperLinkOption = Annotated[
+    str,
+    typer.Option(
+        "--superlink",
+        metavar="DIR|NAME",
+        help="Of a deployment: the folder of `fedkd deploy init`, or a name in Flower's configuration.",
+    ),
 ]
 NodesOption = Annotated[
     int | None, typer.Option("--nodes", min=1, help="Parallel nodes. Default: 1 inline, one per core in simulation.")
+]
+CpusOption = Annotated[
+    int | None, typer.Option("--cpus-per-node", min=1, help="CPU cores reserved for a node (simulation). Default: 1.")
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-node",
+        min=0,
+        help="GPUs, or a share of one, reserved for a node (simulation). Default: those there are, shared by all.",
+    ),
 ]
 
 
@@ -77,10 +125,11 @@ def run(
     rounds: RoundsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random stream.")] = None,
     settings: SetOption = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the results. Default: a new one in runs/.")
-    ] = None,
+    out: Annotated[Path | None, _out("Folder of the results. Default: a new one in runs/.")] = None,
     nodes: NodesOption = None,
+    cpus_per_node: CpusOption = None,
+    gpus_per_node: GpusOption = None,
+    superlink: SuperLinkOption = "",
 ) -> None:
     """Run one method and print what came out.
 
@@ -91,13 +140,52 @@ def run(
       fedkd run fedprox --data mnist --root /data --set fedprox.mu=0.01 --set data.alpha=0.05
 
       fedkd run fedavg --engine simulation --clients 100 --set data.partition=iid --rounds 20
-    """
-    from sims.launch import launch, place, prepare
 
-    flat = _flat(method, data, root, clients, clients_per_round, rounds, settings) | _given("run.seed", seed)
-    config = place(prepare(flat), out)
-    finished = launch(config, engine.value, nodes)
-    _print_summary(finished)
+      fedkd run fedgen --engine deployment --superlink DIR --clients 8
+    """
+    from sims.launch import check_resources, launch, on_devices, place, prepare
+
+    check_resources(engine.value, cpus_per_node, gpus_per_node)
+    options = {"data.name": data, "data.root": root, "run.clients": clients, "run.rounds": rounds, "run.seed": seed}
+    flat = _flat({"run.method": method, **options, "run.clients-per-round": clients_per_round}, settings, [method])
+    config = place(prepare(on_devices(flat, engine.value, nodes, superlink)), out)
+    _warn_of_ignored([config], flat)
+    _warn_of_untested(config)
+    finished = launch(config, engine.value, nodes, cpus_per_node, gpus_per_node, superlink)
+    show_summary(finished)
+
+
+@app.command()
+def resume(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that was interrupted.")],
+    root: RootOption = None,
+    engine: EngineOption = EngineName.inline,
+    nodes: NodesOption = None,
+    cpus_per_node: CpusOption = None,
+    gpus_per_node: GpusOption = None,
+    superlink: SuperLinkOption = "",
+) -> None:
+    """Go on with a run that was interrupted, from its last checkpoint; the results are those of one that was not.
+
+    The engine may be another one than before.  A finished run is left as it is (exit code 0).
+
+    Example: fedkd resume runs/fedgen-digits-s1
+    """
+    from fedkd.results import Run
+    from sims.launch import check_resources, launch, on_devices
+    from sims.resume import going_on
+
+    check_resources(engine.value, cpus_per_node, gpus_per_node)
+    run = Run(run_folder)
+    if run.finished:
+        _warn(f"{run_folder} is finished already")
+    else:
+        config, said = going_on(run_folder, root)
+        for line in said:
+            _warn(f"{run_folder}: {line}")
+        on_devices(config.flat(), engine.value, nodes, superlink)
+        run = launch(config, engine.value, nodes, cpus_per_node, gpus_per_node, superlink)
+    show_summary(run)
 
 
 @app.command()
@@ -111,17 +199,18 @@ def compare(
     clients_per_round: CohortOption = None,
     rounds: RoundsOption = None,
     settings: SetOption = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the runs, the table and the figures.")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[Path, _out("Folder of the runs, the table and the figures.")] = Path("runs/compare"),
     nodes: NodesOption = None,
+    cpus_per_node: CpusOption = None,
+    gpus_per_node: GpusOption = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Inline runs at a time. Default: the CPU cores.")
     ] = None,
+    superlink: SuperLinkOption = "",
 ) -> None:
     """Run methods side by side: one table, one figure of each kind.
 
-    Finished runs in the folder are used, not run again, so a comparison that was stopped goes on.
+    Finished runs in the folder are used and interrupted ones go on, so a comparison that was stopped goes on.
 
     Examples:
 
@@ -129,57 +218,75 @@ def compare(
 
       fedkd compare fedavg fedprox --data mnist --root /data --seeds 1,2,3,4,5 --out runs/prox
     """
-    from fedkd.results import Run
-    from sims.launch import launch_all, place_series, prepare
+    from fedkd.results import Run, started
+    from sims.launch import check_resources, launch_all, on_devices, place_series, prepare, writable
     from sims.simulation import default_nodes
 
     if len(set(methods)) < len(methods):
         raise UserError("a method is named twice; name each once")
-    waiting, folders = [], []
+    check_resources(engine.value, cpus_per_node, gpus_per_node)
+    if started(writable(out)):
+        raise UserError(f"--out {out} holds a run itself; take another folder")
+    options = {"data.name": data, "data.root": root, "run.clients": clients, "run.rounds": rounds}
+    flat = _flat({**options, "run.clients-per-round": clients_per_round}, settings, methods)
+    flat = on_devices(flat, engine.value, nodes, superlink)
+    configs, waiting = [], []
     for seed in _seeds(seeds):
         for method in methods:
-            flat = _flat(method, data, root, clients, clients_per_round, rounds, settings, methods) | {"run.seed": seed}
-            config, finished = place_series(prepare(flat), out / f"{method}-s{seed}")
-            folders.append(config.run.dir)
+            prepared = prepare({**flat, "run.method": method, "run.seed": seed})
+            config, finished = place_series(prepared, out / f"{method}-s{seed}")
+            configs.append(config)
             if finished:
                 error_console.print(f"{method} seed {seed}: already finished in {config.run.dir}", highlight=False)
             else:
                 waiting.append(config)
+    _warn_of_ignored(configs, flat)
+    for config in {config.data_seed: config for config in configs}.values():
+        _warn_of_untested(config)
     if waiting:
-        launch_all(waiting, engine.value, nodes, jobs or default_nodes())
-    _report([Run.open(folder) for folder in folders], out)
+        launch_all(waiting, engine.value, nodes, jobs or default_nodes(), cpus_per_node, gpus_per_node, superlink)
+    _report([Run.open(config.run.dir) for config in configs], out)
 
 
 @app.command()
 def reproduce(
-    name: Annotated[str | None, typer.Argument(help="Experiment; without one, the list.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="ID", help="Table, as --list names it.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List the tables that can be made again.")] = False,
+    scale: Annotated[str, typer.Option("--scale", help="smoke: a minute; cpu: as measured here; paper.")] = "cpu",
     root: RootOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "1,2,3",
     settings: SetOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: runs/reproduce/NAME.")] = None,
+    out: Annotated[Path | None, _out("Folder. Default: runs/reproduce/ID/SCALE.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time. Default: the CPU cores.")] = None,
 ) -> None:
-    """Make a published table again, with the published values and the controls beside ours.
+    """Make a published table again: the published value, ours and the controls beside each other, and the figures.
 
-    Example: fedkd reproduce fedgen --root /data
+    Finished runs in the folder are used and interrupted ones go on, so a table that was stopped goes on.
+
+    Examples:
+
+      fedkd reproduce --list
+
+      fedkd reproduce pgfed/cifar10 --scale smoke
+
+      fedkd reproduce fedgen/table1 --root /data --seeds 0,1,2
     """
-    from plots.tables import markdown
     from sims import reproduce as tables
+    from sims.launch import writable
     from sims.simulation import default_nodes
 
-    if name is None:
+    if name is None or show_list:
         for known in tables.experiments():
-            out_console.print(f"{known}: {tables.Experiment.read(known).title}", highlight=False)
+            out_console.print(f"{known}: {tables.title(known)}", soft_wrap=True, highlight=False, markup=False)
         return
-    experiment = tables.Experiment.read(name)
-    folder = out or Path("runs/reproduce") / name
-    overrides = _flat(None, None, root, None, None, None, settings)
+    experiment = tables.Experiment.read(name, scale)
+    folder = writable(out or Path("runs/reproduce") / experiment.name / scale)
+    overrides = _flat({"data.root": root}, settings, [row.method for row in experiment.rows])
     runs = tables.reproduce(experiment, overrides, _seeds(seeds), folder, jobs or default_nodes())
-    text = markdown(tables.table(experiment, runs))
-    (folder / "table.md").write_text(f"{text}\n", encoding="utf-8")
-    out_console.print(experiment.title, highlight=False)
-    print(text)
-    _print_files([folder / "table.md"])
+    files = tables.write(experiment, runs, folder)
+    out_console.print(f"{experiment.title} (scale {scale})", soft_wrap=True, highlight=False, markup=False)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    _print_files(files)
 
 
 @app.command()
@@ -187,11 +294,12 @@ def methods() -> None:
     """List the methods with their papers and variants."""
     from fedkd.method import load, names
 
-    table = Table("method", "what it does", "variants", "source", title="Methods")
+    table = Table("method", "what it does", "variants", title="Methods", show_lines=True)
     for name in names():
         method = load(name)
-        table.add_row(name, method.summary, ", ".join(method.variants) or "-", str(method.paper or "-"))
-    out_console.print(table)
+        what = f"{method.summary}\n[dim]{escape(str(method.paper))}[/]" if method.paper else method.summary
+        table.add_row(name, what, ", ".join(method.variants) or "-")
+    out_console.print(table, highlight=False)
 
 
 @app.command()
@@ -209,7 +317,7 @@ def show(
         load(method)
     if keys or method is None:
         described = descriptions()
-        table = Table("key", "default", "meaning", title="Settings")
+        table = Table(Column("key", no_wrap=True), Column("default", overflow="fold"), "meaning", title="Settings")
         for key, value in defaults().items():
             if method is None or key.startswith(("run.", "data.", "model.", "train.", f"{method}.")):
                 table.add_row(key, repr(value), described[key])
@@ -229,30 +337,29 @@ def partition(
     clients: ClientsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the partition.")] = None,
     settings: SetOption = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the picture and the table.")] = Path("runs/partition"),
+    out: Annotated[Path, _out("Folder of the picture and the table.")] = Path("runs/partition"),
 ) -> None:
     """Show who holds what: a table and a picture.
 
     Example: fedkd partition --data mnist --root /data --clients 20 --set data.alpha=0.05
     """
-    import io
-
     import pandas as pd
 
-    from fedkd.config import Config
     from fedkd.data import federate
     from plots import style
     from plots.partition import partition as figure
+    from sims.launch import checked, writable
 
-    flat = _flat(None, data, root, clients, 0 if clients else None, None, settings) | _given("run.seed", seed)
-    federated = federate(Config.from_flat(flat))
-    classes = federated.images.classes
-    table = Table("client", "train", "test", *classes, title=f"Training examples per class of {federated.images.name}")
-    counts, tests = federated.class_counts(), federated.class_counts("test")
-    for client, row in enumerate(counts):
-        cells = [str(n) if n else "·" for n in row]
-        table.add_row(str(client), str(row.sum()), str(tests[client].sum()), *cells)
-    out_console.print(table)
+    options = {"data.name": data, "data.root": root, "run.clients": clients, "run.seed": seed}
+    flat = _flat(options, settings)
+    writable(out)
+    config = checked(flat)
+    _warn_of_ignored([config], flat)
+    for key in sorted(flat.keys() - {"run.clients", "run.clients-per-round", "run.seed"}):
+        if not key.startswith("data."):
+            _warn(f"{key} has no effect on who holds what")
+    federated = federate(config)
+    show_partition(federated)
     out.mkdir(parents=True, exist_ok=True)
     (out / "partition.csv").write_text(federated.csv(), encoding="utf-8")
     files = style.save(figure(pd.read_csv(io.StringIO(federated.csv()))), out / "partition")
@@ -272,27 +379,74 @@ def digest(runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")])
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of a comparison.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the table and the figures.")] = Path("runs/figures"),
+    out: Annotated[Path, _out("Folder of the table and the figures.")] = Path("runs/figures"),
+    by: Annotated[Axis, typer.Option("--by", help="Horizontal axis of the convergence figure.")] = Axis.round,
+    target: Annotated[
+        list[float] | None,
+        typer.Option("--target", min=0, max=1, help="Accuracy, e.g. 0.8, to say who reaches it, when, at what cost."),
+    ] = None,
+    figure: Annotated[
+        str, typer.Option("--figure", metavar="NAME[,NAME]", help=f"all, or any of: {listing()}.")
+    ] = ",".join(DEFAULT),
 ) -> None:
-    """Draw the convergence and fairness figures of any runs, and their table."""
-    _report(_open_all(runs), out)
+    """Draw figures of any runs, and their table.
+
+    Each figure is a PNG, a PDF, a text file with its caption, and a CSV file with the numbers drawn.
+
+    Examples:
+
+      fedkd plot runs/compare --by bytes --target 0.8 --target 0.9
+
+      fedkd plot runs/compare --figure violin,pareto,differences
+
+      fedkd plot runs/compare --figure all
+    """
+    _report(_open_all(runs), out, by, target or [], chosen(figure))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of a comparison.")],
+    out: Annotated[
+        Path, typer.Option("--out", parser=_folder, metavar="FILE", help="The page; one that is there is replaced.")
+    ] = Path("runs/report.html"),
+) -> None:
+    """Make one self-contained HTML page of any runs: claims and what they rest on, tables, figures, differences.
+
+    The page needs no network: sort a table, hover a client, switch a method off.
+
+    Example: fedkd report runs/compare --out report.html
+    """
+    from fedkd.files import write_whole
+    from plots.report import report as page
+    from sims.launch import writable
+
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file, such as {out / 'report.html'}")
+    writable(out.parent)
+    text = page(_open_all(runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, text.encode())
+    _print_files([out])
 
 
 @app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     file_format: Annotated[TableFormat, typer.Option("--format", help="csv or parquet.")] = TableFormat.csv,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to. Default: RUN/export.")] = None,
+    out: Annotated[Path | None, _out("Where to. Default: RUN/export.")] = None,
 ) -> None:
     """Write a run's logs as tables: rounds, clients, evaluations, partition."""
-    from fedkd.results import LOGS, Run
+    from fedkd.checkpoints import LOGS
+    from fedkd.results import Run
+    from sims.launch import writable
 
     opened = Run.open(run_folder)
-    folder = out or run_folder / "export"
+    frames = {name: opened.frame(name) for name in LOGS} | {"partition": opened.partition}
+    folder = writable(out or run_folder / "export")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name in (*LOGS, "partition"):
-        frame = opened.partition if name == "partition" else opened.frame(name)
+    for name, frame in frames.items():
         path = folder / f"{name}.{file_format.value}"
         if file_format is TableFormat.csv:
             frame.to_csv(path, index=False)
@@ -303,55 +457,198 @@ def export(
 
 
 @app.command()
+def adapt(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, or of a comparison.")],
+    epochs: Annotated[int, typer.Option("--epochs", help="Local epochs, scored at 0 and after each.")] = 20,
+    clients: Annotated[str, typer.Option("--clients", help="Newcomers' numbers, e.g. 20-24,30. Default: all.")] = "",
+    split: Annotated[
+        str, typer.Option("--split", help="The writers of this split instead, e.g. unseen_writers_test (femnist).")
+    ] = "",
+    root: RootOption = None,
+    out: Annotated[Path | None, _out("Folder. Default: adapt in the run's, runs/adapt for several.")] = None,
+) -> None:
+    """Let newcomers adapt what runs ended with: clients held out (data.newcomers), or writers of a further split.
+
+    Examples:
+
+      fedkd run fedavg --set data.newcomers=5 --out runs/fedavg
+
+      fedkd adapt runs/fedavg --epochs 20
+
+      fedkd adapt runs/fedavg runs/pgfed --split unseen_writers_test
+    """
+    from rich.progress import track
+
+    from sims import adapt as newcomers
+    from sims.launch import writable
+
+    if epochs < 1:
+        raise UserError(f"--epochs {epochs}: it takes one epoch at least")
+    opened = _open_all(runs)
+    tasks = newcomers.plan(opened, clients, split, str(root or ""))
+    folder = writable(out or (opened[0].folder / "adapt" if len(opened) == 1 else Path("runs/adapt")))
+    count = sum(len(task.clients) for task in tasks)
+    each = (rows for task in tasks for rows in newcomers.adapt(task, epochs))
+    rows = [row for rows in track(each, "newcomers", count, console=error_console, transient=True) for row in rows]
+    table, files = newcomers.write(rows, folder)
+    show_adaptation(table)
+    _print_files(files)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed and found (GPU, Ray, data), and what to do about what is not."""
     from sims.doctor import examine
 
-    for finding in examine():
+    _print_findings(examine())
+
+
+def _print_findings(findings: Iterable[Finding]) -> bool:
+    """Print findings, a line each with what to do; return whether nothing that is needed is missing."""
+    fine = True
+    for finding in findings:
+        fine = fine and finding.fine is not False
         mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]--[/]"}[finding.fine]
         out_console.print(f"{mark}  [bold]{finding.what}[/]: {finding.found}", soft_wrap=True, highlight=False)
         if finding.advice:
             out_console.print(f"      {finding.advice}", soft_wrap=True, highlight=False)
+    return fine
 
 
-def _given(key: str, value: Scalar | None) -> dict[str, Scalar]:
-    return {} if value is None else {key: value}
+deploy = typer.Typer(name="deploy", help="Run on real devices: keys and commands, a check, data.", no_args_is_help=True)
+app.add_typer(deploy)
+
+
+@deploy.command("init")
+def deploy_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", parser=_folder, help="A new folder.")],
+    nodes: Annotated[int, typer.Option("--nodes", help="Number of devices.")],
+    clients: Annotated[int | None, typer.Option("--clients", help="Number of clients. Default: one a device.")] = None,
+    address: Annotated[str, typer.Option("--address", help="Host name or address of the server.")] = "localhost",
+    port: Annotated[int, typer.Option("--port", help="Its port.")] = 8000,
+) -> None:
+    """Write certificates, a key for each device, Flower's configuration, service files and the exact commands.
+
+    Example: fedkd deploy init lab --nodes 4 --clients 8 --address server.example.org
+    """
+    from sims.deploy import Deployment
+
+    Deployment(folder, nodes, nodes if clients is None else clients, address, port).write()
+    out_console.print(str(folder / "README.md"), soft_wrap=True, highlight=False, markup=False)
+
+
+@deploy.command("check")
+def deploy_check(
+    keys: Annotated[Path, typer.Argument(metavar="DIR", parser=_folder, help="Folder with ca.pem and node.key.")],
+    superlink: Annotated[str, typer.Option("--superlink", metavar="HOST:PORT", help="The server.")],
+    clients: Annotated[str, typer.Option("--clients", help="Numbers of the clients here, e.g. 0,1 or 4-7.")],
+    data_folder: Annotated[
+        Path, typer.Option("--data-folder", parser=_folder, metavar="DIR", help="Folder of their data.")
+    ],
+    data: DataOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Say from a device whether it reaches the server, is trusted, finds its data and has what it needs.
+
+    Exit code 1 when something that is needed is missing.
+
+    Example: fedkd deploy check /etc/fedkd --superlink server:8000 --clients 0,1 --data-folder /srv/fedkd/data
+    """
+    from fedkd.config import Config
+    from sims.deploy import check
+
+    flat = _flat({"data.name": data, "data.partition": "devices"}, settings)
+    if not _print_findings(check(keys, superlink, clients, data_folder, Config.from_flat(flat))):
+        raise typer.Exit(1)
+
+
+@deploy.command("split")
+def deploy_split(
+    out: Annotated[Path, _out("A new folder: a folder per client, as devices hold them.")],
+    data: DataOption = None,
+    root: RootOption = None,
+    clients: ClientsOption = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the partition.")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Write each client's own images of a partition, to be put on the devices.
+
+    Example: fedkd deploy split --clients 8 --set data.alpha=0.3 --out shards
+    """
+    from fedkd.data.devices import write_split
+    from sims.launch import checked, writable
+
+    flat = _flat({"data.name": data, "data.root": root, "run.clients": clients, "run.seed": seed}, settings)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty; take another folder")
+    writable(out)
+    config = checked(flat)
+    _warn_of_ignored([config], flat)
+    _print_files(write_split(config, out))
 
 
 _OWNED = {"run.method": "the command's argument", "run.dir": "--out", "run.seed": "--seed or --seeds"}
-"""Keys that have an option or argument of their own."""
+"""Keys that have an option or argument of their own and no ``--set``."""
 
 
 def _flat(
-    method: str | None,
-    data: str | None,
-    root: Path | None,
-    clients: int | None,
-    clients_per_round: int | None,
-    rounds: int | None,
-    settings: list[str] | None,
-    compared: Sequence[str] = (),
+    options: Mapping[str, str | int | Path | None], settings: list[str] | None, methods: Sequence[str] = ()
 ) -> dict[str, Scalar]:
-    """Collect the options into flat keys; ``--set`` takes the sections of ``method`` and of the ``compared`` ones."""
+    """Return the flat keys of a command.
+
+    Args:
+        options: those that have an option or argument of their own; None: not given.
+        settings: what ``--set`` brings.
+        methods: what will run, so that ``--set`` takes no other method's keys; empty: any.
+
+    Raises:
+        UserError: a word of ``--set`` that is no assignment, or a key that is given twice or is not for ``--set``.
+    """
     from fedkd.config import RunSection, parse_assignment
     from fedkd.method import names
 
-    flat: dict[str, Scalar] = _given("run.method", method)
-    flat |= _given("data.name", data) | _given("data.root", str(root) if root else None)
-    flat |= _given("run.clients", clients) | _given("run.rounds", rounds)
-    flat |= _given("run.clients-per-round", clients_per_round)
+    given = {key: value for key, value in options.items() if value is not None}
+    flat: dict[str, Scalar] = {key: str(v) if isinstance(v, Path) else v for key, v in given.items()}
     for assignment in settings or []:
         key, value = parse_assignment(assignment)
         if key in _OWNED:
             raise UserError(f"--set {key}: that is what {_OWNED[key]} says")
         section = key.partition(".")[0]
-        if method and section in names() and section not in (method, *compared):
-            raise UserError(f"--set {key}: '{section}' is not what runs ({', '.join(compared or [method])})")
+        if methods and section in names() and section not in methods:
+            raise UserError(f"--set {key}: '{section}' is not what runs ({', '.join(dict.fromkeys(methods))})")
+        if key in flat:
+            raise UserError(f"{key} is given twice: {flat[key]!r} and {value!r}")
         flat[key] = value
     number = flat.get("run.clients")
     if "run.clients-per-round" not in flat and isinstance(number, int) and number < RunSection().clients_per_round:
         flat["run.clients-per-round"] = 0  # the default cohort does not fit: all clients
     return flat
+
+
+def _warn_of_ignored(configs: Sequence[Config], given: Iterable[str]) -> None:
+    """Say which of the keys that were given none of the runs reads."""
+    from fedkd.ignored import ignored
+
+    keys = [key for key in given if key not in _OWNED]
+    said = [ignored(config, keys) for config in configs]
+    for line in dict.fromkeys(line for lines in said for line in lines):
+        if all(line in lines for lines in said):
+            _warn(line)
+
+
+def _warn_of_untested(config: Config) -> None:
+    """Say how many clients have no test data, since means over clients are then over fewer."""
+    from fedkd.data import federate
+
+    if config.data.partition == "devices":
+        return
+    if none := sum(not len(rows) for rows in federate(config).test):
+        seed = config.data_seed
+        _warn(f"{none} of {config.run.clients} clients have no test data at seed {seed} and are left out of all means")
+
+
+def _warn(line: str) -> None:
+    error_console.print(f"fedkd: {line}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def _seeds(text: str) -> list[int]:
@@ -380,61 +677,36 @@ def _open_all(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _report(runs: Sequence[Run], out: Path) -> None:
+def _report(
+    runs: Sequence[Run],
+    out: Path,
+    by: Axis = Axis.round,
+    targets: Sequence[float] = (),
+    figures: Sequence[str] = DEFAULT,
+) -> None:
     """Write and print the comparison table and the figures."""
     from plots import style
-    from plots.convergence import convergence
-    from plots.fairness import fairness
-    from plots.tables import comparison, markdown
+    from plots.tables import comparison, describe, markdown, summaries
+    from sims.launch import writable
 
-    frame = comparison(runs)
+    writable(out)
+    frame, about = comparison(runs), describe(runs)
+    axes = {Axis.round: "round", Axis.bytes: "bytes", Axis.time: "seconds"}
+    drawn, left_out = draw_all(figures, runs, by=axes[by], targets=targets)
+    each = json.dumps(summaries(runs, targets), indent=2)
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "table.csv", index=False)
-    (out / "table.md").write_text(markdown(frame) + "\n", encoding="utf-8")
-    _print_comparison(frame)
-    files = [out / "table.csv", out / "table.md"]
-    files += style.save(convergence(runs), out / "convergence") + style.save(fairness(runs), out / "fairness")
+    (out / "table.md").write_text(f"{about}\n\n{markdown(frame)}\n", encoding="utf-8")
+    (out / "summaries.json").write_text(f"{each}\n", encoding="utf-8")
+    show_comparison(frame, about)
+    if targets and "convergence" in drawn:
+        out_console.print(drawn["convergence"].caption, highlight=False, markup=False)
+    for reason in left_out:
+        _warn(f"left out: {reason}")
+    files = [out / "table.csv", out / "table.md", out / "summaries.json"]
+    for name, figure in drawn.items():
+        files += style.save(figure, out / name)
     _print_files(files)
-
-
-def _print_comparison(frame: Any) -> None:
-    from fedkd.results import spread
-
-    table = Table(
-        *("method", "seeds", "last round", "best round", "worst tenth", "hurt", "MB", "s"),
-        title="Accuracy on the clients' own test data (%), mean over clients, ± over seeds",
-    )
-    for row in frame.to_dict("records"):
-        hurt = "-" if row["hurt"] != row["hurt"] else f"{row['hurt']:.1f}"
-        table.add_row(
-            row["method"],
-            str(row["seeds"]),
-            spread(row["last"], row["last_std"]),
-            spread(row["best"], row["best_std"]),
-            spread(row["worst_decile"], row["worst_decile_std"]),
-            hurt,
-            f"{row['megabytes']:.1f}",
-            f"{row['seconds']:.0f}",
-        )
-    out_console.print(table)
-
-
-def _print_summary(finished: Run) -> None:
-    summary = finished.summary()
-    table = Table(show_header=False, title=f"{summary['method']}, seed {summary['seed']}")
-    if "last" in summary:
-        table.add_row("accuracy, last round", f"{summary['last']:.2%} (weighted {summary['last_weighted']:.2%})")
-        table.add_row("accuracy, best round", f"{summary['best']:.2%} (round {summary['best_round']})")
-        if summary["last_global"] == summary["last_global"]:
-            table.add_row("global model, last round", f"{summary['last_global']:.2%}")
-        fair = summary["fairness"]
-        table.add_row("worst and best tenth", f"{fair['worst_decile']:.2%} and {fair['best_decile']:.2%}")
-        table.add_row("spread over clients", f"{fair['deviation']:.2%}")
-    table.add_row("bytes down and up", f"{summary['bytes_down']:,} and {summary['bytes_up']:,}")
-    table.add_row("seconds", f"{summary['seconds']:.1f}")
-    out_console.print(table)
-    out_console.print(f"digest {summary['digest']}", soft_wrap=True, highlight=False)
-    out_console.print(f"results in {finished.folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_files(files: Sequence[Path]) -> None:
@@ -452,17 +724,44 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal ends a run as Ctrl-C does
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "±" shows something else, and not a traceback
     try:
-        app()
+        _check_once(sys.argv[1:])
+        code = app(standalone_mode=False, prog_name="fedkd") or 0
     except UserError as error:
-        error_console.print(f"fedkd: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(2)
+        code = _failed(error, 2)
     except KeyboardInterrupt:
-        error_console.print("fedkd: stopped; the rounds that were finished are in the results folder", style="yellow")
-        sys.exit(130)
+        code = 130
     except (RuntimeError, OSError) as error:
-        error_console.print(f"fedkd: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(1)
+        code = _failed(error, 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # that of Click's errors, from whichever copy of it Typer uses
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "fedkd")
+        said = error.format_message().strip()  # nothing, when the help was printed for want of a command
+        code = _failed(f"{said} (`{command} --help` says what there is)", 2) if said else 2
+    if code == 130:
+        error_console.print(
+            "fedkd: stopped; the rounds that were finished are in the results folder, and `fedkd resume` goes on",
+            style="yellow",
+            soft_wrap=True,
+        )
+    sys.exit(code)
+
+
+def _check_once(words: Sequence[str]) -> None:
+    """Check that no option but those that take several is given twice, where Click would take the last one."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for option in options:
+        if options.count(option) > 1 and option not in ("--set", "--target"):
+            raise UserError(f"{option} is given twice")
+
+
+def _failed(error: object, code: int) -> int:
+    error_console.print(f"fedkd: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+    return code
 
 
 if __name__ == "__main__":

@@ -25,10 +25,7 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Yield the findings, from what everything needs to what is optional."""
-    python = sys.version.split()[0]
-    yield Finding(sys.version_info >= (3, 11), "Python", python, "" if sys.version_info >= (3, 11) else "3.11 or newer")
-    for name in ("fedkd", "flwr", "torch", "flwr-datasets", "datasets"):
-        yield _package(name, needed=True)
+    yield from packages()
     ray = importlib.util.find_spec("ray") is not None
     yield Finding(
         ray, "Ray", _version("ray"), "" if ray else "pip install 'flwr[simulation]'; until then --engine inline works"
@@ -36,7 +33,16 @@ def examine() -> Iterator[Finding]:
     yield _gpu()
     yield _flower_switch()
     yield from _data()
-    yield _writable()
+    yield _cache()
+    yield _writable("results", Path.cwd() / "runs", "this folder cannot be written; use --out")
+
+
+def packages() -> Iterator[Finding]:
+    """Yield the findings about Python and what fedkd stands on."""
+    python = sys.version.split()[0]
+    yield Finding(sys.version_info >= (3, 11), "Python", python, "" if sys.version_info >= (3, 11) else "3.11 or newer")
+    for name in ("fedkd", "flwr", "torch", "flwr-datasets", "datasets"):
+        yield _package(name, needed=True)
 
 
 def _version(name: str) -> str:
@@ -90,7 +96,18 @@ def _data() -> Iterator[Finding]:
             yield Finding(None, f"data: {name}", "not on this machine", advice)
 
 
-def _writable() -> Finding:
-    here = Path.cwd()
-    fine = os.access(here, os.W_OK)
-    return Finding(fine, "results", f"{here}/runs", "" if fine else "this folder cannot be written; use --out")
+def _cache() -> Finding:
+    from fedkd.data.images import cache_root
+
+    return _writable("cache", cache_root(), "set FEDKD_CACHE to a folder that can be written")
+
+
+def _writable(what: str, folder: Path, advice: str) -> Finding:
+    from fedkd.errors import UserError
+    from sims.launch import writable
+
+    try:
+        writable(folder)
+    except UserError:
+        return Finding(False, what, str(folder), advice)
+    return Finding(True, what, str(folder))

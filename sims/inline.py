@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
+from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -82,8 +83,19 @@ def run(config: Config, nodes: int = 1) -> None:
     run_apps(server_app, client_app, config, nodes)
 
 
-def run_apps(server_app: ServerApp, client_app: ClientApp, config: Config, nodes: int = 1) -> None:
-    """Run any ServerApp against any ClientApp over a loopback grid."""
+def run_apps(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    config: Config,
+    nodes: int = 1,
+    devices: Sequence[UserConfig] = (),
+) -> None:
+    """Run any ServerApp against any ClientApp over a loopback grid.
+
+    Args:
+        nodes: number of nodes, each of which can train every client.
+        devices: in their place, the node configuration of each device.
+    """
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -91,10 +103,12 @@ def run_apps(server_app: ServerApp, client_app: ClientApp, config: Config, nodes
     run_id = 1
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, 1
 
-    def context(node: int) -> Context:
-        return Context(run_id=run_id, node_id=node, node_config={}, state=RecordDict(), run_config=flat)
+    def context(node: int, node_config: UserConfig) -> Context:
+        return Context(run_id=run_id, node_id=node, node_config=node_config, state=RecordDict(), run_config=flat)
 
+    simulated: list[UserConfig] = [{"partition-id": k, "num-partitions": nodes} for k in range(nodes)]
     try:
-        server_app(LoopbackGrid(client_app, {node: context(node) for node in range(2, nodes + 2)}), context(1))
+        contexts = {node: context(node, own) for node, own in enumerate(devices or simulated, start=2)}
+        server_app(LoopbackGrid(client_app, contexts), context(1, {}))
     finally:
         logger.setLevel(level)

@@ -65,15 +65,17 @@ class Watched:
         return f"loss {self.loss:.3f}{scored}"
 
     def _new(self, log: str) -> list[dict[str, Any]]:
-        path = self.folder / f"{log}.jsonl"
+        path, offset = self.folder / f"{log}.jsonl", self.offsets.get(log, 0)
         try:
             with path.open("rb") as file:
-                file.seek(self.offsets.get(log, 0))
+                file.seek(max(offset - 1, 0))
+                if offset and file.read(1) != b"\n":  # a run that goes on cut its log back
+                    offset = file.seek(0)
                 text = file.read()
         except OSError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
-        self.offsets[log] = self.offsets.get(log, 0) + len(whole)
+        self.offsets[log] = offset + len(whole)
         return [json.loads(line) for line in whole.splitlines()]
 
 

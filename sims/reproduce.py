@@ -1,86 +1,178 @@
-"""Published tables again: rows of settings, seeds, and the published value beside ours.
+"""Published tables again: rows of settings, seeds, and the published value and the control beside ours.
 
-An experiment is ``sims/<paper>/experiment.toml``: settings that all rows share, and for each row a method, what
-differs, and the published value if there is one.  Finished runs are used, not run again.
+``sims/<paper>/experiment.toml`` holds one table of a paper, or several, each with the settings that its rows share, its
+scales, and for each row a method and what differs.  ``sims/<paper>/published.toml`` holds the published numbers with
+their sources.  Finished runs are used, not run again.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedkd.config import Config, Scalar
 from fedkd.errors import UserError, nearest
+from fedkd.metrics import Floats
 from fedkd.results import Run, spread
 
 if TYPE_CHECKING:
     import pandas as pd
 
 HOME = Path(__file__).resolve().parent
+SCALES = ("smoke", "cpu", "paper")
+"""Sizes of an experiment: a minute, what the project measured on two cores, and as published."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table."""
+    """One row of a table.
+
+    Args:
+        name: its key, and the name of its runs.
+        label: what the table calls it.
+        method: registered name.
+        settings: what differs from the other rows.
+        runs: name of the row whose runs this one scores; its own, but where the same run gives two rows.
+        score: whose accuracy: of the model a client would use (``personal``), or of the ``global`` one.
+        control: whether it is a control and no method of the paper.
+        against: names of the rows that it is compared with, seed by seed.
+        published: the published value, or an empty string.
+    """
 
     name: str
     label: str
     method: str
     settings: Mapping[str, Scalar]
+    runs: str
+    score: Literal["personal", "global"]
+    control: bool
+    against: Sequence[str]
     published: str
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A published table as settings.
+    """A published table as settings, at one scale.
 
     Args:
-        name: folder under ``sims``.
+        name: ``<paper>/<table>``.
         title: what it is.
-        metric: column of :func:`fedkd.metrics.by_round`.
-        best_rounds: how many best rounds of each seed are averaged, as the paper does.
+        scale: one of :data:`SCALES`.
+        metric: column of :func:`fedkd.metrics.by_round`: ``mean`` (clients equal) or ``weighted`` (by test examples).
+        best_rounds: how many best rounds of each seed are averaged.
+        log: names of the clients' logged figures that the table shows, each client's last one, mean over clients.
         settings: keys that all rows share.
-        rows: the rows.
+        rows: the rows of this scale.
     """
 
     name: str
     title: str
+    scale: str
     metric: str
     best_rounds: int
+    log: Sequence[str]
     settings: Mapping[str, Scalar]
     rows: Sequence[Row]
 
     @classmethod
-    def read(cls, name: str) -> Experiment:
-        """Read ``sims/<name>/experiment.toml``.
+    def read(cls, name: str, scale: str = "cpu") -> Experiment:
+        """Read a table of ``sims/<paper>/experiment.toml``; the paper alone will do if it has one table.
 
         Raises:
-            UserError: no such experiment.
+            UserError: no such experiment or scale.
         """
-        if name not in experiments():
-            raise UserError(
-                f"unknown experiment '{name}'{nearest(name, experiments())} (known: {', '.join(experiments())})"
-            )
-        raw: dict[str, Any] = tomllib.loads((HOME / name / "experiment.toml").read_text(encoding="utf-8"))
-        rows = [
-            Row(key, row["label"], row["method"], row.get("settings", {}), row.get("published", ""))
-            for key, row in raw["rows"].items()
-        ]
-        return cls(name, raw["title"], raw["metric"], raw["best-rounds"], raw["settings"], rows)
+        if scale not in SCALES:
+            raise UserError(f"unknown scale '{scale}'{nearest(scale, SCALES)} (known: {', '.join(SCALES)})")
+        name, raw = _find(name)
+        if scale not in raw["scales"]:
+            raise UserError(f"{name} has no scale '{scale}' (it has: {', '.join(raw['scales'])})")
+        published = {
+            number["row"]: str(number["value"])
+            for number in _read(HOME / name.partition("/")[0] / "published.toml").get("number", [])
+            if (number["table"], number["column"]) == (raw.get("published-table"), raw.get("published-column"))
+        }
+        return cls(
+            name=name,
+            title=raw["title"],
+            scale=scale,
+            metric=raw["metric"],
+            best_rounds=raw.get("best-rounds", 1),
+            log=raw.get("log", []),
+            settings=raw["settings"] | raw["scales"][scale],
+            rows=[
+                _row(key, row, raw.get("against", []), published)
+                for key, row in raw["rows"].items()
+                if scale in row.get("scales", SCALES)
+            ],
+        )
+
+    def flat(self, row: Row, seed: int, overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Return the settings of one run."""
+        return {**self.settings, **row.settings, **overrides, "run.method": row.method, "run.seed": seed}
 
 
 def experiments() -> tuple[str, ...]:
-    """Return the names of the experiments there are."""
-    return tuple(sorted(path.parent.name for path in HOME.glob("*/experiment.toml")))
+    """Return the names of the experiments there are, ``<paper>/<table>``."""
+    return tuple(
+        f"{path.parent.name}/{table}" for path in sorted(HOME.glob("*/experiment.toml")) for table in _read(path)
+    )
+
+
+def title(name: str) -> str:
+    """Return the title of an experiment and the scales it has."""
+    _, raw = _find(name)
+    return f"{raw['title']} (scales: {', '.join(raw['scales'])})"
+
+
+def _row(name: str, raw: Mapping[str, Any], against: Sequence[str], published: Mapping[str, str]) -> Row:
+    control = raw.get("control", False)
+    return Row(
+        name=name,
+        label=raw["label"],
+        method=raw["method"],
+        settings=raw.get("settings", {}),
+        runs=raw.get("runs", name),
+        score=raw.get("score", "personal"),
+        control=control,
+        against=[] if control else [other for other in (*against, *raw.get("against", [])) if other != name],
+        published=published[raw["published"]] if "published" in raw else "",
+    )
+
+
+def _find(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the full name of an experiment and what its file says of it."""
+    known = experiments()
+    mine = [other for other in known if name in (other, other.partition("/")[0])]
+    if len(mine) > 1:
+        raise UserError(f"'{name}' has several tables; name one: {', '.join(mine)}")
+    if not mine:
+        guess = nearest(name, [*known, *(other.partition("/")[0] for other in known)])
+        raise UserError(f"unknown experiment '{name}'{guess} (known: {', '.join(known)})")
+    paper, _, table = mine[0].partition("/")
+    return mine[0], _table(_read(HOME / paper / "experiment.toml"), table)
+
+
+def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a table of an ``experiment.toml``; one that is ``like`` another adds to its settings and rows."""
+    own: dict[str, Any] = tables[name]
+    if "like" not in own:
+        return own
+    base = _table(tables, own["like"])
+    merged = {key: base[key] | own.get(key, {}) for key in ("settings", "rows")}
+    return {**base, **own, **merged}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def reproduce(
     experiment: Experiment, overrides: Mapping[str, Scalar], seeds: Sequence[int], out: Path, jobs: int
 ) -> dict[str, list[Run]]:
-    """Run what is missing of an experiment and return every row's runs.
+    """Run what is missing of an experiment and return every row's runs, a run per seed.
 
     Args:
         experiment: what to make again.
@@ -95,42 +187,187 @@ def reproduce(
     waiting: list[Config] = []
     for seed in seeds:
         for row in experiment.rows:
-            flat = {**experiment.settings, **row.settings, **overrides, "run.method": row.method, "run.seed": seed}
-            config, finished = place_series(prepare(flat), out / f"{row.name}-s{seed}")
-            folders.setdefault(row.name, []).append(config.run.dir)
-            if not finished:
-                waiting.append(config)
+            if row.runs == row.name:
+                config, finished = place_series(
+                    prepare(experiment.flat(row, seed, overrides)), out / f"{row.name}-s{seed}"
+                )
+                folders.setdefault(row.name, []).append(config.run.dir)
+                if not finished:
+                    waiting.append(config)
     if waiting:
         launch_all(waiting, "inline", None, jobs)
-    return {name: [Run.open(folder) for folder in mine] for name, mine in folders.items()}
+    opened = {name: [Run.open(folder) for folder in mine] for name, mine in folders.items()}
+    return {row.name: opened[row.runs] for row in experiment.rows}
 
 
-def table(experiment: Experiment, runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Return the table as text: label, published, best rounds, last round, best single round, seeds."""
+Runs = Mapping[str, Sequence[Run]]
+"""The runs of each row, by its name."""
+
+
+def _curves(experiment: Experiment, row: Row, runs: Runs) -> list[Floats]:
+    """Return, per seed, the accuracy in % at each evaluated round."""
+    from fedkd.metrics import by_round
+
+    return [100 * by_round(run.evaluations, row.score)[experiment.metric].to_numpy() for run in runs[row.name]]
+
+
+def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
+    """Return the table, a line per row; accuracies in % of the clients' own test data.
+
+    Columns: ``row``, ``published``, ``last`` (round), ``tail`` (mean of the last ten evaluations), ``best`` (round, or
+    mean of the ``best_rounds`` best), ``worst`` (tenth of the clients) and ``deviation`` (over clients) at the last
+    round, the logged figures, ``seeds``; ``*_std`` are sample deviations over seeds (NaN for one), but that of several
+    best rounds is the deviation of all of them, as FedGen's tables have it.
+    """
     import numpy as np
     import pandas as pd
 
-    from fedkd.metrics import by_round
+    from fedkd.metrics import fairness
+    from plots.tables import over_seeds
 
     lines = []
     for row in experiment.rows:
-        curves = [100 * by_round(run.evaluations)[experiment.metric].to_numpy() for run in runs[row.name]]
+        curves = _curves(experiment, row, runs)
+        line: dict[str, Any] = {
+            "row": f"control: {row.label}" if row.control else row.label,
+            "published": row.published or "-",
+        }
         best = np.concatenate([np.sort(curve)[-experiment.best_rounds :] for curve in curves])
-        last = np.array([curve[-1] for curve in curves])
-        tail = np.array([curve[-10:].mean() for curve in curves])
-        lines.append(
-            {
-                "row": row.label,
-                "published": row.published or "-",
-                f"best {experiment.best_rounds} rounds": spread(float(best.mean()), float(best.std())),
-                "last round": spread(float(last.mean()), _deviation(last)),
-                "last 10 rounds": spread(float(tail.mean()), _deviation(tail)),
-                "seeds": len(curves),
-            }
-        )
+        pooled = (float(best.mean()), float(best.std()))
+        line["last"], line["last_std"] = over_seeds([curve[-1] for curve in curves])
+        line["tail"], line["tail_std"] = over_seeds([curve[-10:].mean() for curve in curves])
+        line["best"], line["best_std"] = over_seeds(best) if experiment.best_rounds == 1 else pooled
+        last = [fairness(100 * _last(run)[row.score].to_numpy(dtype=float)) for run in runs[row.name]]
+        line["worst"], line["worst_std"] = over_seeds([figures["worst_decile"] for figures in last])
+        line["deviation"], line["deviation_std"] = over_seeds([figures["deviation"] for figures in last])
+        for name in experiment.log:
+            line[name], line[f"{name}_std"] = over_seeds([_logged(run, name) for run in runs[row.name]])
+        lines.append(line | {"seeds": len(curves)})
     return pd.DataFrame(lines)
 
 
-def _deviation(values: Any) -> float:
-    """Sample deviation over seeds; NaN for one seed."""
-    return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+def _last(run: Run) -> pd.DataFrame:
+    last: pd.DataFrame = run.evaluations[run.evaluations["round"] == run.evaluations["round"].max()]
+    return last
+
+
+def _logged(run: Run, name: str) -> float:
+    """Return the mean over clients of the figure that each logged when it last took part; NaN without it."""
+    clients = run.frame("clients")
+    if f"{name}_sum" not in clients:
+        return float("nan")
+    last = clients.groupby("client").last()
+    return float((last[f"{name}_sum"] / last[f"{name}_weight"]).mean())
+
+
+def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
+    """Return the paired differences of the rows' last rounds, seed by seed, in percentage points.
+
+    Columns: ``row``, ``against``, ``difference`` and its sample deviation over seeds, ``p`` of the paired t-test (NaN
+    for one seed), ``higher`` (seeds in which the row is above the other) and ``seeds``.
+    """
+    import pandas as pd
+
+    from plots.tables import over_seeds, p_value
+
+    by_name = {row.name: row for row in experiment.rows}
+    lines = []
+    for row in experiment.rows:
+        for other in (by_name[name] for name in row.against):
+            pairs = zip(_curves(experiment, row, runs), _curves(experiment, other, runs), strict=True)
+            values = [float(mine[-1] - theirs[-1]) for mine, theirs in pairs]
+            mean, deviation = over_seeds(values)
+            line = {"row": row.label, "against": other.label, "difference": mean, "difference_std": deviation}
+            lines.append(
+                line | {"p": p_value(values), "higher": sum(value > 0 for value in values), "seeds": len(values)}
+            )
+    return pd.DataFrame(lines)
+
+
+def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
+    """Return row, seed, accuracy at the last and at the best round (%) and digest of every run."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "row": row.name,
+            "seed": run.config.run.seed,
+            "last": round(float(curve[-1]), 4),
+            "best": round(float(curve.max()), 4),
+            "digest": run.digest(),
+        }
+        for row in experiment.rows
+        for run, curve in zip(runs[row.name], _curves(experiment, row, runs), strict=True)
+    )
+
+
+def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
+    """Write tables (Markdown, CSV, LaTeX), digests and figures; equal runs give equal files.
+
+    Returns:
+        the files.
+    """
+    from plots import style
+    from plots.convergence import convergence
+    from plots.fairness import fairness
+
+    frames = {"table": table(experiment, runs), "differences": differences(experiment, runs)}
+    texts = {name: _text(experiment, frame) for name, frame in frames.items() if len(frame)}
+    files = {out / "table.md": "\n".join(_markdown(text) for text in texts.values())}
+    files |= {out / f"{name}.tex": _latex(text) for name, text in texts.items()}
+    files |= {out / f"{name}.csv": frames[name].to_csv(index=False) for name in texts}
+    files[out / "runs.csv"] = digests(experiment, runs).to_csv(index=False)
+    for path, content in files.items():
+        path.write_text(content, encoding="utf-8")
+    drawn = [replace(run, label=row.label) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
+    figures = {"convergence": convergence(drawn), "fairness": fairness(drawn)}
+    if any(row.score == "global" for row in experiment.rows):
+        figures["convergence-global"] = convergence(drawn, column="global")
+    for name, figure in figures.items():
+        files |= dict.fromkeys(style.save(figure, out / name), "")
+    return list(files)
+
+
+_HEADINGS = {
+    "last": "last round",
+    "tail": "last 10 rounds",
+    "worst": "worst tenth",
+    "deviation": "deviation over clients",
+    "against": "minus",
+    "higher": "seeds above",
+}
+
+
+def _text(experiment: Experiment, frame: pd.DataFrame) -> list[list[str]]:
+    """Return the lines of a table as text, headings first, ``mean ± deviation`` in one cell."""
+    best = f"best {experiment.best_rounds} rounds" if experiment.best_rounds > 1 else "best round"
+    hidden = {"tail"} if experiment.best_rounds == 1 else {"worst", "deviation"}
+    columns = [name for name in frame.columns if not name.endswith("_std") and name not in hidden]
+    lines = [[best if name == "best" else _HEADINGS.get(name, name) for name in columns]]
+    for row in frame.to_dict("records"):
+        lines.append([_cell(name, row[name], row.get(f"{name}_std", float("nan"))) for name in columns])
+    return lines
+
+
+def _cell(name: str, value: Any, deviation: float) -> str:
+    if isinstance(value, str):
+        return value
+    if value != value:
+        return "-"
+    if name == "p":
+        return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+    return f"{'+' * (name == 'difference' and value > 0)}{spread(value, deviation, 0 if isinstance(value, int) else 2)}"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---" if heading in ("row", "minus") else "---:" for heading in lines[0]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], rule, *lines[1:]))
+
+
+def _latex(lines: Sequence[Sequence[str]]) -> str:
+    """Write a tabular for the booktabs package."""
+    escaped = [[cell.replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$") for cell in row] for row in lines]
+    body = [f"{' & '.join(row)} \\\\" for row in escaped]
+    columns = "".join("l" if heading in ("row", "minus") else "r" for heading in lines[0])
+    parts = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", body[0], "\\midrule", *body[1:], "\\bottomrule"]
+    return "\n".join([*parts, "\\end{tabular}\n"])

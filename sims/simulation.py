@@ -21,19 +21,20 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 import tomli_w
 
 from fedkd.config import Config
 from fedkd.errors import UserError
+from sims import watchdog
 from sims.doctor import FLOWER_SWITCH
 
-START_SECONDS, STOP_SECONDS = 60.0, 10.0
+START_SECONDS, END_SECONDS, STOP_SECONDS = 60.0, 5.0, 10.0
 
 
 class SimulationError(RuntimeError):
@@ -41,7 +42,7 @@ class SimulationError(RuntimeError):
 
 
 class PrivateSuperLink:
-    """A SuperLink of our own, as a context manager; leaving it ends every process it started.
+    """A SuperLink of our own, as a context manager; leaving it, or being killed, ends every process it started.
 
     Raises:
         SimulationError: it does not start; the message holds the end of its log.
@@ -52,8 +53,9 @@ class PrivateSuperLink:
         self._port = _free_port()
         self._log = self._home / "superlink.log"
         self._process: psutil.Popen | None = None
+        self._watchdog = watchdog.start(self._home)
         self.environment = os.environ | {
-            "FLWR_HOME": str(self._home),
+            watchdog.HOME: str(self._home),
             FLOWER_SWITCH: "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -94,7 +96,7 @@ class PrivateSuperLink:
         deadline = time.monotonic() + START_SECONDS
         while not self._healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise SimulationError(f"Flower's SuperLink did not start: {_tail(self._log)}")
+                raise SimulationError(f"Flower's SuperLink did not start: {tail(self._log)}")
             time.sleep(0.1)
 
     def __exit__(
@@ -119,6 +121,8 @@ class PrivateSuperLink:
         folders = [Path(config.run.dir) for config in configs]
         log = Path(os.path.commonpath(folders)) / "flower.log"
         log.parent.mkdir(parents=True, exist_ok=True)
+        for folder in folders:  # what an interrupted run said is not what this one says
+            (folder / "error.txt").unlink(missing_ok=True)
         app = self._home / "app"
         shutil.rmtree(app, ignore_errors=True)
         app.mkdir()
@@ -135,14 +139,41 @@ class PrivateSuperLink:
                 start_new_session=True,
             )
             try:
-                client.wait()
+                killed = self._wait(client)
             finally:
                 if client.poll() is None:
                     client.kill()
                     client.wait()
         for folder in folders:
             if not (folder / "summary.json").exists():
-                raise SimulationError(f"{_reason(folder, log)} (log: {log})")
+                raise SimulationError(f"{_reason(folder, log, killed)} (log: {log})")
+
+    def _wait(self, client: subprocess.Popen[bytes]) -> bool:
+        """Wait until Flower's run has ended; return whether it will never say so, because its process was killed.
+
+        Flower would notice that by a heartbeat, after a minute.
+        """
+        server: psutil.Process | None = None
+        while client.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                client.wait(1)
+            if server is None:
+                server = self._server()
+            elif not _alive(server):
+                try:
+                    client.wait(END_SECONDS)
+                except subprocess.TimeoutExpired:
+                    return True
+        return False
+
+    def _server(self) -> psutil.Process | None:
+        """Return the process in which the ServerApp runs, once there is one."""
+        assert self._process is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in self._process.children(recursive=True):
+                if any(word.endswith("flwr-simulation") for word in process.cmdline()):
+                    return process
+        return None
 
     def close(self) -> None:
         """End the SuperLink and all that it started, by process id, and remove its folder.
@@ -160,6 +191,7 @@ class PrivateSuperLink:
                     process.kill()
             psutil.wait_procs(alive, timeout=STOP_SECONDS)
             shutil.rmtree(self._home, ignore_errors=True)
+            self._watchdog.communicate()
 
     def _mine(self) -> list[psutil.Process]:
         """Return the processes started for this SuperLink: its descendants, and those with its Flower home."""
@@ -167,10 +199,8 @@ class PrivateSuperLink:
         if self._process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 found = {p.pid: p for p in (self._process, *self._process.children(recursive=True))}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                if process.environ().get("FLWR_HOME") == str(self._home):
-                    found.setdefault(process.pid, process)  # the Popen itself has to be waited for
+        for process in watchdog.processes_of(self._home):
+            found.setdefault(process.pid, process)  # the Popen itself has to be waited for
         return list(found.values())
 
     def _healthy(self) -> bool:
@@ -183,10 +213,15 @@ class PrivateSuperLink:
 
 def app_toml(configs: Sequence[Config]) -> str:
     """Return the ``pyproject.toml`` of a Flower app that is these runs."""
+    return app_of({"series": json.dumps([config.flat() for config in configs])})
+
+
+def app_of(config: Mapping[str, Any]) -> str:
+    """Return the ``pyproject.toml`` of a Flower app of one file: the installed code with this configuration."""
     app = {
         "publisher": "fedkd",
         "components": {"serverapp": "strategies.app:app", "clientapp": "clients.app:app"},
-        "config": {"series": json.dumps([config.flat() for config in configs])},
+        "config": config,
     }
     return tomli_w.dumps(
         {
@@ -211,6 +246,30 @@ def require_ray() -> None:
 
     if importlib.util.find_spec("ray") is None:
         raise UserError("the simulation engine needs Ray: pip install 'flwr[simulation]', or take --engine inline")
+
+
+def require_room(cpus: int, gpus: float) -> None:
+    """Check that one node fits on this machine, since Ray would wait for what never comes.
+
+    With ``RAY_ADDRESS`` the nodes are on the cluster there, and nothing is checked.
+
+    Args:
+        cpus: CPU cores of a node.
+        gpus: GPUs of a node.
+
+    Raises:
+        UserError: it does not fit, or ``gpus`` is a fraction above one, which Ray cannot give.
+    """
+    if gpus > 1 and gpus != int(gpus):
+        raise UserError(f"--gpus-per-node {gpus:g}: a share of one GPU, or a whole number of them")
+    if "RAY_ADDRESS" in os.environ:
+        return
+    if cpus > default_nodes():
+        raise UserError(f"--cpus-per-node {cpus} is more than the {default_nodes()} CPU cores of this machine")
+    import torch
+
+    if gpus > torch.cuda.device_count():
+        raise UserError(f"--gpus-per-node {gpus:g}: PyTorch finds {torch.cuda.device_count()} GPUs on this machine")
 
 
 def gpu_share(nodes: int, gpus: int) -> float:
@@ -252,11 +311,20 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _tail(log: Path, lines: int = 5) -> str:
+def tail(log: Path, lines: int = 5) -> str:
+    """Return the end of a log in one line."""
     return " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
 
 
-def _reason(folder: Path, log: Path) -> str:
-    """Say why a run ended early: what the server wrote down, or the end of Flower's log."""
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _reason(folder: Path, log: Path, killed: bool) -> str:
+    """Say why a run ended early: what the server wrote down, that it was killed, or the end of Flower's log."""
     error = folder / "error.txt"
-    return error.read_text(encoding="utf-8").strip() if error.exists() else _tail(log)
+    if error.exists():
+        return error.read_text(encoding="utf-8").strip()
+    return "the process of Flower's ServerApp was killed" if killed else tail(log)

@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, Metadata, MetricRecord
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedkd import protocol
+from fedkd.checkpoints import Checkpoint, state_hash
 from fedkd.config import Config
 from fedkd.data import FederatedData
-from fedkd.method import load
+from fedkd.data.devices import Federation
+from fedkd.errors import UserError
+from fedkd.method import Method, load
 from fedkd.payload import PayloadError, Record, pack, unpack, wire_bytes
-from fedkd.results import Recorder, merge_rows, state_hash
+from fedkd.results import Recorder, merge_rows
 from fedkd.setup import Setup
+
+_log = logging.getLogger("flwr")
 
 Metrics = dict[str, tuple[float, float]]
 """Name to (sum, weight); the mean is sum / weight."""
@@ -44,21 +51,38 @@ class FederatedStrategy(Strategy):
         half: the module with the method's server half.
         costs: relative cost of training each client ``[clients]``, for spreading them over nodes.
         recorder: where results go; None keeps none.
+        hosts: on devices, the node that hosts each client; None: every node can train every client.
     """
 
+    run_name = ""
+    """On devices, what they call the run."""
+
     def __init__(
-        self, setup: Setup, half: ModuleType, costs: Sequence[float], recorder: Recorder | None = None
+        self,
+        setup: Setup,
+        half: ModuleType,
+        costs: Sequence[float],
+        recorder: Recorder | None = None,
+        hosts: Sequence[int] | None = None,
     ) -> None:
-        self.setup, self.half, self.recorder = setup, half, recorder
+        self.setup, self.half, self.recorder, self.hosts = setup, half, recorder, hosts
         self.method = load(setup.config.run.method).under(setup.config.hyper)
         self._config = json.dumps(setup.config.flat(), sort_keys=True)
         self.costs = list(costs)
         self.state: Record = half.init(setup)
-        self._asked: dict[int, list[int]] = {}  # node -> clients of the exchange under way
+        self._drops = drops(setup.config, self.method, self.state)
+        self._dropped: list[dict[str, Any]] = []  # of the round under way
+        self._before = 0  # rounds that were done before `start`, which counts from 1
+        self._asked: list[tuple[Metadata, list[int]]] = []  # orders under way, which get their names when they are sent
         self._cohort: list[int] = []
         self._bytes_down: dict[int, int] = {}
         self._began = 0.0
         self._row: dict[str, Any] = {}
+
+    def resume(self, checkpoint: Checkpoint) -> int:
+        """Go on after a checkpoint; return how many rounds are left, for ``start``."""
+        self._before, self.state = checkpoint.round, checkpoint.state
+        return self.setup.config.run.rounds - self._before
 
     def summary(self) -> None:
         """Log nothing: the configuration is in the run's folder."""
@@ -76,41 +100,46 @@ class FederatedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Order the round's cohort to train."""
         self._began = time.perf_counter()
-        if server_round == 1 and "parameters" in arrays and "parameters" in self.state.specs():
+        round = self._before + server_round
+        if round == 1 and "parameters" in arrays and "parameters" in self.state.specs():
             self._start_from(arrays)
-        self._cohort = self.cohort(server_round)
-        broadcast = self.half.broadcast(self.setup, self.state, server_round).check(self.setup.sizes, "the server")
-        personal = self._personal(server_round)
+        self._cohort = self.cohort(round)
+        broadcast = self.half.broadcast(self.setup, self.state, round).check(self.setup.sizes, "the server")
+        personal = self._personal(round)
         self._bytes_down = {
             client: wire_bytes(broadcast) + (wire_bytes(personal[client]) if personal else 0) for client in self._cohort
         }
-        return self._orders(MessageType.TRAIN, server_round, self._cohort, broadcast, grid, personal)
+        return self._orders(MessageType.TRAIN, round, self._cohort, broadcast, grid, personal)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the updates, hand them to the server half in client order, and write the round down."""
+        round = self._before + server_round
         updates: dict[int, Record] = {}
         rows: list[protocol.Row] = []
-        for clients, reply in self._answers(replies):
+        self._dropped = []
+
+        def read(clients: list[int], reply: Message) -> None:
             owners = [f"client {client}" for client in clients]
             records = unpack(self.method.Update, protocol.arrays(reply, "updates"), self.setup.sizes, owners)
-            updates |= dict(zip(clients, records, strict=True))
-            rows += protocol.read_rows(reply)
+            updates.update(zip(clients, records, strict=True))
+            rows.extend(protocol.read_rows(reply))
+
+        self._collect(MessageType.TRAIN, replies, read)
         for row in rows:
             row |= {"bytes_down": self._bytes_down[row["client"]], "bytes_up": wire_bytes(updates[row["client"]])}
         arrived = time.perf_counter()
-        self.state, metrics = self.half.update(
-            self.setup, self.state, [updates[client] for client in self._cohort], server_round
-        )
+        answered = [client for client in self._cohort if client in updates]
+        self.state, metrics = self.half.update(self.setup, self.state, [updates[c] for c in answered], round)
         self.state.check(self.setup.sizes, "the server")
         done = time.perf_counter()
-        self._row = {"round": server_round, "clients": self._cohort, "state": state_hash(self.state)}
+        self._row = {"round": round, "clients": answered, "state": state_hash(self.state)}
         for name, (total, weight) in metrics.items():
             self._row[f"{name}_sum"], self._row[f"{name}_weight"] = total, weight
         self._row |= {"seconds_train": arrived - self._began, "seconds_server": done - arrived}
         if self.recorder:
-            self.recorder.write("clients", merge_rows(rows, {"round": server_round}))
+            self.recorder.write("clients", merge_rows(rows, {"round": round}))
         loss = sum(r["loss_sum"] for r in rows) / max(sum(r["loss_weight"] for r in rows), 1)
         return self._arrays(), MetricRecord({"loss": float(loss)})
 
@@ -118,26 +147,30 @@ class FederatedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Order all clients to be scored, every ``run.eval-every`` rounds and at the end."""
-        run = self.setup.config.run
-        if server_round % run.eval_every and server_round != run.rounds:
+        run, round = self.setup.config.run, self._before + server_round
+        if round % run.eval_every and round != run.rounds:
             return []
         sent = self.half.scoring if self.method.Scoring else self.half.broadcast
-        broadcast = sent(self.setup, self.state, server_round)
-        return self._orders(MessageType.EVALUATE, server_round, range(run.clients), broadcast, grid)
+        broadcast = sent(self.setup, self.state, round)
+        return self._orders(MessageType.EVALUATE, round, range(run.clients), broadcast, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Write the scores down."""
-        began, rows = self._began, []
-        for _, reply in self._answers(replies):
-            rows += protocol.read_rows(reply)
+        """Write the scores down; the round is done, and the run can go on after it if a checkpoint is due."""
+        run, round = self.setup.config.run, self._before + server_round
+        began, rows = self._began, list[protocol.Row]()
+        self._collect(MessageType.EVALUATE, replies, lambda _, reply: rows.extend(protocol.read_rows(reply)))
+        if self._dropped:
+            self._row["dropped"] = self._dropped
         seconds = time.perf_counter() - began
         self._row |= {
             "seconds_evaluate": seconds - self._row["seconds_train"] - self._row["seconds_server"],
             "seconds": seconds,
         }
         if self.recorder:
-            self.recorder.write("evaluations", merge_rows(rows, {"round": server_round}))
+            self.recorder.write("evaluations", merge_rows(rows, {"round": round}))
             self.recorder.write("rounds", [self._row])
+            if round % run.checkpoint_every == 0 and round < run.rounds:
+                self.recorder.checkpoint(round, self.state)
         scored = [row for row in rows if row["total"]]
         if not scored:
             return None
@@ -164,47 +197,82 @@ class FederatedStrategy(Strategy):
         grid: Grid,
         personal: Mapping[int, Record] | None = None,
     ) -> list[Message]:
-        """Spread clients over the nodes, longest first, and write one order per node."""
-        nodes = self._nodes(grid)
-        load: dict[int, float] = dict.fromkeys(nodes, 0.0)
-        self._asked = {node: [] for node in nodes}
-        for client in sorted(clients, key=lambda c: (-self.costs[c], c)):
-            node = min(nodes, key=lambda n: load[n])
-            self._asked[node].append(client)
-            load[node] += self.costs[client]
-        self._asked = {node: sorted(mine) for node, mine in self._asked.items() if mine}
+        """Write one order for each node that has clients to train or to score."""
+        spread = self._spread(clients, self._nodes(grid)) if self.hosts is None else self._hosted(clients, self.hosts)
         packed = pack([broadcast])
-        return [
-            Message(
-                protocol.order(
-                    self._config, round, mine, packed, pack([personal[c] for c in mine]) if personal else None
-                ),
+        orders = []
+        self._asked = []
+        for node, mine in ((node, sorted(mine)) for node, mine in spread.items() if mine):
+            own = pack([personal[client] for client in mine]) if personal else None
+            order = Message(
+                protocol.order(self._config, round, mine, packed, own, self.run_name),
                 dst_node_id=node,
                 message_type=kind,
                 group_id=str(round),
+                ttl=None if self.hosts is None else self.setup.config.run.timeout,  # a late device skips what is over
             )
-            for node, mine in self._asked.items()
-        ]
+            orders.append(order)
+            self._asked.append((order.metadata, mine))
+        return orders
 
-    def _answers(self, replies: Iterable[Message]) -> list[tuple[list[int], Message]]:
-        """Return (clients, reply) for every node that was asked.
+    def _spread(self, clients: Iterable[int], nodes: Sequence[int]) -> dict[int, list[int]]:
+        """Spread clients over the nodes, longest first."""
+        load: dict[int, float] = dict.fromkeys(nodes, 0.0)
+        spread: dict[int, list[int]] = {node: [] for node in nodes}
+        for client in sorted(clients, key=lambda c: (-self.costs[c], c)):
+            node = min(nodes, key=lambda n: load[n])
+            spread[node].append(client)
+            load[node] += self.costs[client]
+        return spread
+
+    @staticmethod
+    def _hosted(clients: Iterable[int], hosts: Sequence[int]) -> dict[int, list[int]]:
+        """Leave every client where it is."""
+        spread: dict[int, list[int]] = {}
+        for client in clients:
+            spread.setdefault(hosts[client], []).append(client)
+        return spread
+
+    def _collect(self, exchange: str, replies: Iterable[Message], read: Callable[[list[int], Message], None]) -> None:
+        """Read the answer of every node that was asked, and leave out, or fail for, those that have none.
+
+        Args:
+            exchange: what was asked.
+            replies: what arrived; what was not asked for, or is answered already, does not count.
+            read: takes the clients and the reply of a node; a ``PayloadError`` counts as no answer.
 
         Raises:
-            RoundError: a node failed or did not answer.
+            RoundError: a node failed or did not answer, or with ``run.on-failure = "drop"`` too many did.
+            PayloadError: what a node answered is not what was asked for.
         """
-        asked, self._asked = self._asked, {}
-        answers = []
+        asked = {metadata.message_id: clients for metadata, clients in self._asked}
+        answered, left, self._asked = 0, sum(map(len, asked.values())), []
         for reply in replies:
-            clients = asked.pop(reply.metadata.src_node_id)
-            if reply.has_error():
-                raise RoundError(f"clients {_listed(clients)} failed: {_said(reply.error.reason or 'no reason given')}")
-            if [row["client"] for row in protocol.read_rows(reply)] != clients:
-                raise PayloadError(f"the reply for clients {_listed(clients)} is for other clients")
-            answers.append((clients, reply))
-        if asked:
-            late = sorted(client for clients in asked.values() for client in clients)
-            raise RoundError(f"clients {_listed(late)} did not answer in time")
-        return answers
+            clients = asked.pop(reply.metadata.reply_to_message_id, None)
+            if clients is None:
+                continue
+            try:
+                if reply.has_error():
+                    said = _said(reply.error)
+                    raise RoundError(f"clients {listed(clients)} failed: {said}")
+                if [row["client"] for row in protocol.read_rows(reply)] != clients:
+                    raise PayloadError(f"the reply for clients {listed(clients)} is for other clients")
+                read(clients, reply)
+                answered += len(clients)
+            except (RoundError, PayloadError) as error:
+                self._drop(exchange, clients, error)
+        if late := sorted(client for clients in asked.values() for client in clients):
+            self._drop(exchange, late, RoundError(f"clients {listed(late)} did not answer in time"))
+        if answered < (fewest := min(self.setup.config.run.min_clients, left)):
+            whys = "; ".join(each["why"] for each in self._dropped)
+            raise RoundError(f"{answered} of {left} clients answered, and run.min-clients = {fewest}: {whys}")
+
+    def _drop(self, exchange: str, clients: list[int], error: Exception) -> None:
+        """Go on without some clients, or raise the error where that is not wanted."""
+        if not self._drops:
+            raise error
+        self._dropped.append({"exchange": exchange, "clients": clients, "why": str(error)})
+        _log.warning("fedkd: going on without clients %s: %s", listed(clients), error)
 
     def _nodes(self, grid: Grid) -> list[int]:
         """Return the nodes, waiting for the first to appear."""
@@ -229,30 +297,66 @@ class FederatedStrategy(Strategy):
 
 
 def build(
-    config: Config, data: FederatedData, device: torch.device | str = "cpu", recorder: Recorder | None = None
+    config: Config,
+    data: FederatedData | Federation,
+    device: torch.device | str = "cpu",
+    recorder: Recorder | None = None,
 ) -> FederatedStrategy:
     """Return the strategy of the configured method.
 
     Args:
         config: the run's configuration; ``config.run.method`` names the method.
         data: the federated data set; the server uses the number of clients, sizes and shapes, and of the images only
-            those that were set aside, without labels (``data.public-fraction``).
+            those that were set aside, without labels (``data.public-fraction``); what is known of it, on devices.
         device: where the server half computes.
         recorder: where results go; None keeps none.
     """
-    setup = Setup.build(config, data.images.shape, data.classes, torch.device(device), data.public(device))
+    setup = Setup.build(config, data.shape, data.classes, torch.device(device), data.public(device))
     half = importlib.import_module(f"strategies.{config.run.method}")
     sizes = data.sizes()
     costs = np.minimum(sizes, config.train.batch_size) if config.train.local_steps else sizes
-    return FederatedStrategy(setup, half, [float(c) for c in costs], recorder)
+    hosts = data.nodes if isinstance(data, Federation) else None
+    return FederatedStrategy(setup, half, [float(c) for c in costs], recorder, hosts)
 
 
-def _said(reason: str) -> str:
+def drops(config: Config, method: Method, state: Record) -> bool:
+    """Return whether a round goes on without clients that do not answer (``run.on-failure``).
+
+    Args:
+        method: the contract under these settings.
+        state: the server's state.
+
+    Raises:
+        UserError: it is asked for, and the method needs an update from every client of the cohort.
+    """
+    wanted = config.run.on_failure
+    kinds = [type(state), method.Broadcast, method.Update, method.Personal, method.Scoring]
+    needs_all = any("cohort" in spec.shape for kind in kinds if kind for spec in kind.specs().values())
+    if needs_all and wanted == "drop":
+        raise UserError(
+            f"run.on-failure = 'drop': {method.name} needs an update from every client of a round; take fail"
+        )
+    return wanted == "drop" or (wanted == "auto" and config.data.partition == "devices" and not needs_all)
+
+
+_SAID = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "no answer in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer in time",
+    ErrorCode.NODE_UNAVAILABLE: "the node is gone, it gives no sign of life",
+}
+"""What Flower means by errors that it raises itself."""
+
+
+def _said(error: Error) -> str:
     """Return what the client said: the line that names it, out of the traces that Ray and Flower wrap around it."""
-    named = re.findall(r"ClientError: (client \d+: .*)", reason)
-    return str(named[-1]) if named else reason
+    if error.code in _SAID:
+        return _SAID[error.code]
+    reason = error.reason or "no reason given"
+    named = re.findall(r"ClientError(?:: |'>:<')(client .*?)(?:'>)?$", reason, re.MULTILINE)
+    return str(named[-1]) if named else reason.partition("\n")[0]
 
 
-def _listed(clients: Sequence[int], most: int = 8) -> str:
+def listed(clients: Sequence[int], most: int = 8) -> str:
+    """Name clients, the first ones of many."""
     shown = ", ".join(map(str, clients[:most]))
     return shown if len(clients) <= most else f"{shown} and {len(clients) - most} more"

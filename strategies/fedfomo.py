@@ -58,13 +58,14 @@ def chosen(setup: Setup, state: State, round: int, client: int) -> list[int]:
     """Return the rows of the models for a client: epsilon-greedy by its affinities, never its own.
 
     For each place the best model that is left, or with probability ``max(0, epsilon - (round - 1) epsilon-decay)`` a
-    random one; equal affinities are in random order.
+    random one; equal affinities are in random order, and those of a newcomer are all equal.
     """
     hyper: Hyper = setup.hyper
     rows = [row for row, other in enumerate(state.participants.tolist()) if other not in (-1, client)]
     rng = setup.streams.numpy("downloads", round, client)
     random = [rows[k] for k in rng.permutation(len(rows))]
-    affinity = state.affinity[client][state.participants].tolist()
+    known = client < len(state.affinity)
+    affinity = state.affinity[client][state.participants].tolist() if known else [0.0] * len(state.participants)
     best = sorted((rows[k] for k in rng.permutation(len(rows))), key=lambda row: -affinity[row])
     epsilon = hyper.epsilon - (round - 1) * hyper.epsilon_decay
     taken: list[int] = []

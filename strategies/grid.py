@@ -10,6 +10,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 FIRST_WAIT, LONGEST_WAIT = 0.001, 0.02
+DEVICES_WAIT = 0.5
+"""The longest wait for devices, which take seconds and are asked over the network."""
 
 
 class PromptGrid(Grid):
@@ -17,10 +19,11 @@ class PromptGrid(Grid):
 
     Args:
         grid: the grid that does the work.
+        longest: the longest wait, in seconds.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, longest: float = LONGEST_WAIT) -> None:
+        self._grid, self._longest = grid, longest
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)
@@ -45,7 +48,7 @@ class PromptGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and return the replies that arrive within ``timeout`` seconds."""
-        waiting = set(self._grid.push_messages(messages))
+        waiting = {name for name in self._grid.push_messages(messages) if name}  # none for what cannot be sent
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         wait = FIRST_WAIT
@@ -56,5 +59,5 @@ class PromptGrid(Grid):
             if not waiting or (deadline is not None and time.monotonic() >= deadline):
                 break
             time.sleep(wait)
-            wait = min(wait * 1.5, LONGEST_WAIT)
+            wait = min(wait * 1.5, self._longest)
         return replies

@@ -20,7 +20,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "strategies": ("fedkd", "strategies"),
     "clients": ("fedkd", "clients"),
     "sims": ("fedkd", "sims", "plots", "clients.app", "strategies.app", "strategies.build"),
-    "plots": ("fedkd.results", "fedkd.metrics", "fedkd.errors", "fedkd.method", "plots"),
+    "plots": ("fedkd.results", "fedkd.metrics", "fedkd.samples", "fedkd.errors", "fedkd.method", "plots"),
 }
 """What a folder may import of the project: these modules and what is inside them."""
 

@@ -111,7 +111,7 @@ def test_two_at_once_in_one_folder_are_refused(
         assert fedkd(monkeypatch, *words) == 2
     assert "is being written by another process" in capsys.readouterr().err
     assert fedkd(monkeypatch, *words) == 0
-    assert (tmp_path / "local-s1.interrupted-1" / "rounds.jsonl").exists()
+    assert (tmp_path / "local-s1" / "summary.json").exists()
 
 
 def test_other_data_of_the_same_name_is_not_taken_for_the_same_run(

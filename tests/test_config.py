@@ -131,7 +131,7 @@ def test_flat_keys_round_trip(method: str) -> None:
     """``flat`` is the whole configuration: nothing is lost on the way through Flower's run config."""
     config = tiny(method, **{"train.lr": 0.125, "data.seed": 7})
     assert Config.from_flat(config.flat()) == config
-    assert Config.from_flat(config.flat()).digest() == config.digest()
+    assert Config.from_flat(config.flat()).settings_hash() == config.settings_hash()
 
 
 @pytest.mark.parametrize("method", names())
@@ -165,11 +165,11 @@ def test_sections_of_other_methods_are_checked_and_left_out() -> None:
     assert not [key for key in config.flat() if key.startswith(("fedprox.", "fedgen."))]
 
 
-def test_the_digest_ignores_only_folders() -> None:
+def test_the_hash_of_settings_ignores_only_folders() -> None:
     """Two runs that differ in where they read and write are the same experiment."""
     config = tiny()
-    assert tiny(**{"run.dir": "/elsewhere", "data.root": "/data"}).digest() == config.digest()
-    assert tiny(**{"run.seed": 2}).digest() != config.digest()
+    assert tiny(**{"run.dir": "/elsewhere", "data.root": "/data"}).settings_hash() == config.settings_hash()
+    assert tiny(**{"run.seed": 2}).settings_hash() != config.settings_hash()
 
 
 def test_seeds_and_cohorts_have_their_fallbacks() -> None:

@@ -335,15 +335,14 @@ def test_survives_clients_smaller_than_a_batch(
     run_inline: RunInline, method: str, variant: Keys, last_batch: str
 ) -> None:
     """A client that has fewer examples than a batch uses all it has in every step."""
-    run = run_inline(
-        method, **variant, **{"train.batch-size": 256, "run.clients-per-round": 0, "train.last-batch": last_batch}
-    )
+    large: Keys = {"train.batch-size": 256, "train.last-batch": last_batch, "train.local-steps": 2}
+    run = run_inline(method, **variant, **SHORT, **large, **{"run.clients-per-round": 0})
     check_complete(run)
     clients = run.frame("clients")
     small = clients[clients["examples"] < 256]
     assert len(small)
     held_out = small.get("held_out_sum", 0)  # by methods that validate models
-    assert (small["loss_weight"] == 4 * (small["examples"] - held_out)).all()
+    assert (small["loss_weight"] == 2 * (small["examples"] - held_out)).all()
 
 
 @by_case

@@ -60,7 +60,7 @@ def test_auto_takes_what_fits_the_images() -> None:
     assert made("auto", MNIST).stage_names == ("conv1", "conv2", "latent", "head")
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if name not in ("auto", "resnet18")])
+@pytest.mark.parametrize("name", [name for name in models._MODELS if name != "resnet18"])
 def test_stages_compose(name: str) -> None:
     """Running up to a stage and on from it is running through."""
     model = made(name).eval()

@@ -439,17 +439,32 @@ class TestStyle:
             "fedavg_ft": True,
         }
 
-    def test_looks_differ(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        looks = [str(style.line(name)) for name in names()]
-        assert len(set(looks)) == len(looks)
-        many = tuple(f"method{number:02}" for number in range(30))
-        monkeypatch.setattr(style, "names", lambda: many)
-        assert len({str(style.line(name)) for name in many}) == 30
-        assert len({style.colour(name) for name in many}) == len(style.PALETTE)
-        assert len({(style.line(name)["color"], str(style.line(name)["linestyle"])) for name in many[:16]}) == 16
+    def test_what_is_compared_most_shares_no_colour(self) -> None:
+        usual = ("fedgen", "fedftg", "fedd2s", "apfl", "pgfed", "fedavg", "fedavg_ft", "local")
+        assert len({style.colour(name) for name in usual}) == len(usual) == len(style.PALETTE)
 
-    def test_unregistered_name_has_a_stable_look(self) -> None:
+    def test_looks_differ_in_colour_and_line(self) -> None:
+        looks = {(style.line(name)["color"], str(style.line(name)["linestyle"])) for name in names()}
+        assert len(looks) == len(names())
+
+    def test_looks_are_as_they_have_always_been(self) -> None:
+        """A method keeps its look for good: figures of other papers and other versions stay comparable."""
+        assert style.line("fedgen") == {"color": "#0072B2", "linestyle": "-", "marker": "o"}
+        assert style.line("fedavg_ft") == {"color": "#56B4E9", "linestyle": (0, (4, 1.5)), "marker": "o"}
+        assert style.line("scaffold") == {"color": "#D55E00", "linestyle": "-.", "marker": "<"}
+
+    def test_another_method_shifts_no_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = {name: style.line(name) for name in names()}
+        monkeypatch.setattr("fedkd.method.names", lambda: ("aardvark", *before))
+        assert {name: style.line(name) for name in before} == before
+
+    def test_name_without_a_place_has_a_stable_look_that_no_place_has(self) -> None:
+        looks = {str(style.line(name)) for name in names()}
+        others = {str(style.line(f"method{number}")) for number in range(40)}
+        assert not looks & others
+        assert len(others) > 20
         assert style.line("somebody's") == style.line("somebody's")
+        assert style.line("somebody's") != style.line("somebody's", 1)
 
     def test_files_are_the_same_bytes_in_another_process(self, runs: list[Run], tmp_path: Path) -> None:
         files = [
@@ -457,13 +472,14 @@ class TestStyle:
             *style.save(fairness(runs), tmp_path / "new" / "fairness"),
             *style.save(partition(runs[0]), tmp_path / "new" / "partition"),
         ]
-        assert [path.name for path in files[:3]] == ["alpha-0.1.png", "alpha-0.1.pdf", "alpha-0.1.txt"]
-        png, pdf, text = (path.read_bytes() for path in files[:3])
+        assert [path.name for path in files[:4]] == [f"alpha-0.1.{suffix}" for suffix in ("png", "pdf", "txt", "csv")]
+        png, pdf, text, table = (path.read_bytes() for path in files[:4])
         assert png.startswith(b"\x89PNG")
         assert pdf.startswith(b"%PDF")
         assert b"/FontFile2" in pdf  # TrueType (type 42) fonts, embedded
         assert b"Date" not in pdf
         assert b"standard deviation" in b" ".join(text.split())
+        assert table.splitlines()[:2] == [b"panel,series,x,y,deviation,seeds", b"communication round,local,1,50,0,2"]
         command = [sys.executable, "-c", SAVE_AGAIN, str(tmp_path / "again"), *(str(run.folder) for run in runs)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
         for path in files:

@@ -1,4 +1,4 @@
-"""A client's store: versions by round, whole files or none, and never more than two."""
+"""A client's store: versions by round, whole files or none, and never more than a rollback needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.payload import Count, ParameterVector, PayloadError, Record
-from fedkd.state import KEPT_VERSIONS, ClientStore
+from fedkd.state import ClientStore
 
 SIZES = {"parameters": 3}
 
@@ -105,15 +105,22 @@ def test_a_death_before_the_rename_leaves_the_old_state(store: ClientStore, monk
 
 
 @settings(max_examples=25, deadline=None)
-@given(rounds=st.lists(st.integers(1, 999_999), min_size=1, max_size=6, unique=True).map(sorted))
-def test_only_the_newest_two_are_kept(tmp_path_factory: pytest.TempPathFactory, rounds: list[int]) -> None:
-    """The state before the last participation is needed for its replay; older ones are not."""
-    store = ClientStore(tmp_path_factory.mktemp("store"))
-    for number in rounds:
+@given(every=st.integers(1, 5), rounds=st.lists(st.integers(1, 30), min_size=1, max_size=12, unique=True).map(sorted))
+def test_a_rollback_to_either_checkpoint_finds_every_state(
+    tmp_path_factory: pytest.TempPathFactory, every: int, rounds: list[int]
+) -> None:
+    """While a round is under way, the server may go back to its last checkpoint or, that one damaged, to the other."""
+    store = ClientStore(tmp_path_factory.mktemp("store"), every)
+    for position, number in enumerate(rounds):
         store.save(kept(number), 0, number)
-    assert files(store, 0) == [f"{number:06d}.safetensors" for number in rounds[-KEPT_VERSIONS:]]
+        next_one = rounds[position + 1] if position + 1 < len(rounds) else number + 2 * every
+        for running in range(number, next_one):  # the rounds in which this is the client's newest state
+            newest = (running - 1) // every * every
+            for checkpoint in (newest, max(newest - every, 0)):
+                expected = max((r for r in rounds if r <= checkpoint), default=None)
+                assert last(store, 0, checkpoint + 1) == expected
+        assert len(files(store, 0)) <= 3
     assert last(store, 0, rounds[-1] + 1) == rounds[-1]
-    assert last(store, 0, rounds[-1]) == (rounds[-2] if len(rounds) > 1 else None)
 
 
 def test_a_state_of_another_model_is_refused(store: ClientStore) -> None:

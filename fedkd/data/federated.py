@@ -9,6 +9,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,9 @@ from fedkd.errors import UserError
 from fedkd.rng import Streams
 
 Integers = npt.NDArray[np.int64]
+
+Parts = tuple[list[Integers], list[Integers], list[Integers]]
+"""Training and test positions of each client, and the public ones as a list of one."""
 
 SCALED_BYTES = 256 * 2**20
 """Data sets of up to this size as float32 are scaled once; larger ones stay bytes and are scaled batch by batch."""
@@ -96,6 +100,11 @@ class FederatedData:
         """Number of classes."""
         return len(self.images.classes)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(channels, height, width)`` of an image."""
+        return self.images.shape
+
     @cached_property
     def labels(self) -> Integers:
         """Class of every example of the pool."""
@@ -150,13 +159,18 @@ class FederatedData:
 
     def csv(self) -> str:
         """Return the partition as CSV: client, split, examples, and one column of counts per class."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["client", "split", "examples", *(f"class_{name}" for name in self.images.classes)])
-        for split in ("train", "test"):
-            for client, counts in enumerate(self.class_counts(split)):
-                writer.writerow([client, split, int(counts.sum()), *map(int, counts)])
-        return text.getvalue()
+        return partition_csv(self.images.classes, self.class_counts("train"), self.class_counts("test"))
+
+
+def partition_csv(classes: Sequence[str], train: Integers, test: Integers) -> str:
+    """Return a partition as CSV, from the names of the classes and the counts ``[clients, classes]`` of both splits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["client", "split", "examples", *(f"class_{name}" for name in classes)])
+    for split, per_client in (("train", train), ("test", test)):
+        for client, counts in enumerate(per_client):
+            writer.writerow([client, split, int(counts.sum()), *map(int, counts)])
+    return text.getvalue()
 
 
 def federate(config: Config) -> FederatedData:
@@ -165,8 +179,28 @@ def federate(config: Config) -> FederatedData:
     Raises:
         UserError: data that cannot be read, or a partition that it does not allow.
     """
+    images, (train, test, (set_aside,)) = _dealt(config)
+    clients = config.run.clients
+    return FederatedData(images, train[:clients], test[:clients], config.data.scaling, set_aside)
+
+
+def held_out(config: Config) -> FederatedData:
+    """Return the newcomers' data: of the same partition, the ``data.newcomers`` clients after those of the run.
+
+    Raises:
+        UserError: as :func:`federate`.
+    """
+    images, (train, test, _) = _dealt(config)
+    clients = config.run.clients
+    return FederatedData(images, train[clients:], test[clients:], config.data.scaling)
+
+
+def _dealt(config: Config) -> tuple[Images, Parts]:
+    """Return the images and who holds which: the partition over the run's clients and the newcomers."""
     data = config.data
-    images = load_images(data.name, data.root)
+    if data.partition == "devices":
+        raise UserError("data.partition = 'devices': the images are on the devices alone, so this cannot be done here")
+    images = load_images(data.name, data.root, data.label, data.config)
     key = json.dumps(
         [
             _PARTITION_VERSION,
@@ -185,8 +219,7 @@ def federate(config: Config) -> FederatedData:
     if parts is None:
         parts = _deal(config, images)
         _write(cached, *parts)
-    train, test, (set_aside,) = parts
-    return FederatedData(images, train, test, data.scaling, set_aside)
+    return images, parts
 
 
 _PARTITION_VERSION = 1
@@ -196,12 +229,8 @@ def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:20]
 
 
-Parts = tuple[list[Integers], list[Integers], list[Integers]]
-"""Training and test positions of each client, and the public ones as a list of one."""
-
-
 def _deal(config: Config, images: Images) -> Parts:
-    data, clients, seed = config.data, config.run.clients, config.data_seed
+    data, clients, seed = config.data, config.run.clients + config.data.newcomers, config.data_seed
     if data.test == "own-labels":
         if len(images.test_y) == 0:
             raise UserError(
@@ -215,12 +244,17 @@ def _deal(config: Config, images: Images) -> Parts:
     held, public = _partition(data, labels, writers, clients, seed)
     train, test = [], []
     for client, rows in enumerate(held):
-        rng = np.random.default_rng([seed, client])
-        shuffled = rng.permutation(rows)
-        cut = min(max(1, round(len(rows) * data.test_fraction)), len(rows) - 1)
-        test.append(np.sort(shuffled[:cut]))
-        train.append(np.sort(shuffled[cut:]))
+        mine, tests = split(rows, data.test_fraction, seed, client)
+        train.append(mine)
+        test.append(tests)
     return train, test, [public]
+
+
+def split(rows: Integers, test_fraction: float, seed: int, client: int) -> tuple[Integers, Integers]:
+    """Return a client's training and test positions: the draw is a function of the seed and its number alone."""
+    shuffled = np.random.default_rng([seed, client]).permutation(rows)
+    cut = min(max(1, round(len(rows) * test_fraction)), len(rows) - 1)
+    return np.sort(shuffled[cut:]), np.sort(shuffled[:cut])
 
 
 def _partition(

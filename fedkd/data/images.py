@@ -11,11 +11,14 @@ import contextlib
 import gzip
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ Integers = npt.NDArray[np.int64]
 
 MOST_CLASSES = 100_000
 _DECODER_VERSION = 2
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -43,6 +47,7 @@ class Source:
     image: str
     label: str
     writer: str = ""
+    config: str = ""
     mean: tuple[float, ...] = ()
     deviation: tuple[float, ...] = ()
 
@@ -97,22 +102,30 @@ class Images:
         return tuple(self.train_x.shape[1:])
 
 
-def load_images(name: str, root: str = "") -> Images:
+def load_images(name: str, root: str = "", label: str = "", config: str = "") -> Images:
     """Return a data set, decoding it first if this machine has not seen it yet.
 
     Args:
         name: a name of :data:`SOURCES`, or a hub name ``owner/data``.
         root: a local folder that holds it; empty: look in the usual places, then ask the hub.
+        label: the label column; empty: that of :data:`SOURCES`, or the only one there is.
+        config: the hub's configuration; empty: the only one there is.
 
     Raises:
-        UserError: unknown name, a folder that cannot be read, or a hub that cannot be reached.
+        UserError: unknown name, a folder that cannot be read, a hub that cannot be reached, a column or configuration
+            that has to be chosen or is not there, or a cache that cannot be written.
     """
-    if name not in SOURCES and "/" not in name:
+    if name not in SOURCES and not _HUB_NAME.fullmatch(name):
         raise UserError(
             f"unknown data set '{name}'{nearest(name, SOURCES)} (known: {', '.join(SOURCES)}, or a hub name owner/data)"
         )
     source = SOURCES.get(name, Source(name, "", ""))
     folder = local_folder(name, root)
+    if label and (name == "digits" or (folder and _is_idx(folder))):
+        raise UserError(f"data.label = '{label}': data set '{name}' has one label for each image and no columns")
+    if config and (name == "digits" or folder):
+        raise UserError(f"data.config = '{config}' is for the hub, and data set '{name}' is read from this machine")
+    source = replace(source, label=label or source.label, config=config)
     if name == "digits":
         key, place = [], "scikit-learn"
     elif folder is not None:
@@ -120,13 +133,16 @@ def load_images(name: str, root: str = "") -> Images:
         place = str(folder.resolve())
     else:
         key, place = [], "hub"
-    cache = cache_root() / (
-        f"{name.replace('/', '--')}-"
-        + hashlib.sha256(json.dumps([_DECODER_VERSION, place, key]).encode()).hexdigest()[:12]
-    )
-    if not (cache / "meta.json").exists():
-        with _filled(cache) as part:
-            _decode(name, source, folder, part)
+    identity = json.dumps([_DECODER_VERSION, place, key, label, config])
+    cache = cache_root() / f"{name.replace('/', '--')}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    try:
+        return _open(name, source, cache)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(cache, ignore_errors=True)  # damaged is as good as none
+    with _filled(cache) as part:
+        _decode(name, source, folder, part)
     return _open(name, source, cache)
 
 
@@ -138,10 +154,27 @@ def cache_root() -> Path:
 
 
 @contextlib.contextmanager
+def writing_cache() -> Iterator[None]:
+    """Say whose fault it is when the block cannot write to the cache.
+
+    Raises:
+        UserError: in place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache of decoded data, {cache_root()}, cannot be written: {error.strerror}; "
+            "set FEDKD_CACHE to a folder that can"
+        ) from error
+
+
+@contextlib.contextmanager
 def _filled(cache: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes ``cache`` when all went well; another process may win the race."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", dir=cache.parent))
+    with writing_cache():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", dir=cache.parent))
     try:
         yield part
         if not cache.exists():
@@ -164,7 +197,7 @@ def local_folder(name: str, root: str) -> Path | None:
         if not base.is_dir():
             raise UserError(f"data.root = '{root}' is not a folder that can be read")
         for folder in (base / name, base):
-            if folder.is_dir() and (list(folder.glob("train-*.parquet")) or list(folder.glob("train-images*"))):
+            if folder.is_dir() and (list(folder.glob("train-*.parquet")) or _is_idx(folder)):
                 return folder
         raise UserError(
             f"data.root = '{root}' holds neither train-*.parquet nor idx files, and no folder '{name}' that does"
@@ -174,15 +207,25 @@ def local_folder(name: str, root: str) -> Path | None:
     return None
 
 
+def _is_idx(folder: Path) -> bool:
+    return any(folder.glob("train-images*"))
+
+
 def _decode(name: str, source: Source, folder: Path | None, part: Path) -> None:
     """Decode every split into ``part``: ``{train,test}_{x,y,writer}.npy`` and ``meta.json``."""
     levels = 255
     if name == "digits":
         splits, classes, levels = _read_digits(), list("0123456789"), 16
-    elif folder is not None and list(folder.glob("train-images*")):
+    elif folder is not None and _is_idx(folder):
         splits, classes = _read_idx(folder)
     else:
         splits, classes = _read_parquet(name, source, folder)
+    splits = {split: columns for split, columns in splits.items() if len(columns["y"])}
+    if "train" not in splits:
+        raise UserError(f"data set '{name}' holds no training images")
+    most = max(int(columns["y"].max()) for columns in splits.values())
+    if most >= len(classes):
+        raise UserError(f"data set '{name}' names {len(classes)} classes, and a label is {most}")
     shapes = {split: columns["x"].shape[1:] for split, columns in splits.items()}
     if len(set(shapes.values())) > 1:
         raise UserError(
@@ -190,10 +233,11 @@ def _decode(name: str, source: Source, folder: Path | None, part: Path) -> None:
             + " and ".join(f"{'x'.join(map(str, shape))} in {split}" for split, shape in shapes.items())
             + " (channels x height x width); all have to be alike"
         )
-    for split, columns in splits.items():
-        for column, values in columns.items():
-            np.save(part / f"{split}_{column}.npy", values, allow_pickle=False)
-    (part / "meta.json").write_text(json.dumps({"classes": classes, "levels": levels}))
+    with writing_cache():
+        for split, columns in splits.items():
+            for column, values in columns.items():
+                np.save(part / f"{split}_{column}.npy", values, allow_pickle=False)
+        (part / "meta.json").write_text(json.dumps({"classes": classes, "levels": levels}))
 
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -211,27 +255,32 @@ def _read_parquet(name: str, source: Source, folder: Path | None) -> tuple[dict[
 
     datasets.disable_progress_bars()
     try:
-        if folder is not None:
-            files = {s: sorted(map(str, folder.glob(f"{s}-*.parquet"))) for s in ("train", "test")}
-            with tempfile.TemporaryDirectory() as scratch:
-                loaded = {
-                    split: datasets.Dataset.from_parquet(paths, cache_dir=scratch, keep_in_memory=True)
-                    for split, paths in files.items()
-                    if paths
-                }
-        else:
-            loaded = dict(datasets.load_dataset(source.hub))
+        with _silenced("datasets", "huggingface_hub"):
+            if folder is not None:
+                files = {s: sorted(map(str, folder.glob(f"{s}-*.parquet"))) for s in ("train", "test")}
+                with tempfile.TemporaryDirectory() as scratch:
+                    loaded = {
+                        split: datasets.Dataset.from_parquet(paths, cache_dir=scratch, keep_in_memory=True)
+                        for split, paths in files.items()
+                        if paths
+                    }
+            else:
+                loaded = dict(datasets.load_dataset(source.hub, source.config or None))
     except Exception as error:
         where = f"the folder {folder}" if folder else f"the hub's {source.hub}"
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        advice = "choose one with data.config" if "onfig" in said else "with the files at hand set data.root=FOLDER"
         raise UserError(
-            f"data set '{name}' cannot be read from {where}: {type(error).__name__}: {str(error).splitlines()[0]}"
-            + ("" if folder else "; with the files at hand set data.root=FOLDER")
+            f"data set '{name}' cannot be read from {where}: {textwrap.shorten(said, 300, placeholder=' ...')}"
+            + ("" if folder else f"; {advice}")
         ) from error
+    loaded = {split: rows for split, rows in loaded.items() if len(rows)}
     if "train" not in loaded:
-        raise UserError(f"data set '{name}' has no split 'train' (it has {', '.join(loaded)})")
+        raise UserError(f"data set '{name}' has no images in a split 'train' (it has {', '.join(loaded) or 'none'})")
     features = loaded["train"].features
     image = source.image or _only(features, datasets.Image, name, "image")
-    label = source.label or _only(features, datasets.ClassLabel, name, "class label")
+    label = source.label or _only(features, datasets.ClassLabel, name, "class label", "; name one with data.label")
     for column in filter(None, (image, label, source.writer)):
         if column not in features:
             raise UserError(f"data set '{name}' has no column '{column}' (it has {', '.join(features)})")
@@ -287,16 +336,36 @@ def _labels(values: Any, whose: str) -> Integers:
     return np.asarray(values, dtype=np.int64)
 
 
-def _only(features: Any, kind: type, name: str, what: str) -> str:
+def _only(features: Any, kind: type, name: str, what: str, advice: str = "") -> str:
     found = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(found) != 1:
-        raise UserError(f"data set '{name}' has {len(found)} {what} columns ({', '.join(features)}); one is needed")
+        columns = f"{len(found)} {what} columns: {', '.join(found)}" if found else f"no {what} column"
+        raise UserError(f"data set '{name}' has {columns} (of {', '.join(features)}); one is needed{advice}")
     return str(found[0])
+
+
+@contextlib.contextmanager
+def _silenced(*libraries: str) -> Iterator[None]:
+    """Keep libraries' log lines off the terminal: what went wrong is said in one line of ours."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _pixels(picture: Any) -> Bytes:
     """Return a PIL image as ``[channels, height, width]`` bytes; grey stays one channel, all else becomes RGB."""
-    grey = picture.mode in ("L", "1", "I", "I;16")
+    if picture.mode[0] in "IF":  # integers or floats of more than a byte
+        deep = np.asarray(picture)
+        if picture.mode == "F" or deep.min() < 0 or deep.max() > 255:
+            raise ValueError(f"pixels of mode {picture.mode} from {deep.min()} to {deep.max()} do not fit into bytes")
+        return deep.astype(np.uint8)[None]
+    grey = picture.mode in ("L", "1")
     array = np.asarray(picture.convert("L" if grey else "RGB"), dtype=np.uint8)
     return array[None] if grey else array.transpose(2, 0, 1)
 
@@ -304,14 +373,15 @@ def _pixels(picture: Any) -> Bytes:
 def _read_idx(folder: Path) -> tuple[dict[str, Columns], list[str]]:
     splits: dict[str, Columns] = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        x, y = _idx(folder, f"{prefix}-images"), _idx(folder, f"{prefix}-labels")
+        x, y = _idx(folder, f"{prefix}-images", 3), _idx(folder, f"{prefix}-labels", 1)
         if len(x) != len(y):
             raise UserError(f"the folder {folder} has {len(x)} {split} images and {len(y)} labels")
         splits[split] = {"x": x[:, None], "y": y.astype(np.int64)}
-    return splits, [str(c) for c in range(10)]
+    most = max(int(columns["y"].max(initial=9)) for columns in splits.values())
+    return splits, [str(c) for c in range(most + 1)]
 
 
-def _idx(folder: Path, prefix: str) -> Bytes:
+def _idx(folder: Path, prefix: str, dimensions: int) -> Bytes:
     """Read an idx file of bytes: two zero bytes, 0x08, the number of dimensions, the dimensions, the values."""
     path = next(iter(sorted(folder.glob(f"{prefix}*"))), None)
     if path is None:
@@ -319,12 +389,12 @@ def _idx(folder: Path, prefix: str) -> Bytes:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             raw = file.read()
-        if raw[:3] != b"\x00\x00\x08":
-            raise ValueError("not an idx file of bytes")
+        if raw[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError("not an idx file of bytes with these dimensions")
         shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4))
         return np.frombuffer(raw, np.uint8, int(np.prod(shape)), 4 + 4 * raw[3]).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not an idx file of bytes, or it is cut short") from error
+        raise UserError(f"{path} is not an idx file of bytes in {dimensions}-D, or it is cut short") from error
 
 
 def _open(name: str, source: Source, cache: Path) -> Images:

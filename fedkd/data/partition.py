@@ -23,7 +23,7 @@ def partition(config: DataSection, labels: Integers, writers: Integers, clients:
         config: the ``data`` section.
         labels: ``[n]`` class of each example.
         writers: ``[n]`` writer of each example (length zero: unknown).
-        clients: number of clients.
+        clients: number of clients, newcomers included.
         seed: seed of the partition.
 
     Returns:
@@ -35,7 +35,7 @@ def partition(config: DataSection, labels: Integers, writers: Integers, clients:
     kept = max(1, round(config.fraction * len(labels)))
     if clients > kept:
         raise UserError(
-            f"run.clients = {clients} is more than the {kept} examples to deal out; "
+            f"{_number(config)} = {clients} is more than the {kept} examples to deal out; "
             "take fewer clients or a larger data.fraction"
         )
     if config.partition == "fedgen":
@@ -44,6 +44,11 @@ def partition(config: DataSection, labels: Integers, writers: Integers, clients:
     if config.fraction < 1:
         positions = np.sort(np.random.default_rng(seed).choice(len(labels), kept, replace=False))
     return _through_flwr_datasets(config, labels, writers, positions, clients, seed)
+
+
+def _number(config: DataSection) -> str:
+    """Return what the number of clients that are dealt to is made of."""
+    return "run.clients + data.newcomers" if config.newcomers else "run.clients"
 
 
 def _through_flwr_datasets(
@@ -69,11 +74,13 @@ def _through_flwr_datasets(
             raise UserError(f"data.partition = 'natural' needs writers, and data.name = '{config.name}' has none")
         known = np.unique(writers[positions])
         if clients > len(known):
-            raise UserError(f"run.clients = {clients} is more than the {len(known)} writers of '{config.name}'")
-        chosen = np.sort(np.random.default_rng(seed).choice(known, clients, replace=False))
-        mine = np.isin(writers[positions], chosen)
+            raise UserError(f"{_number(config)} = {clients} is more than the {len(known)} writers of '{config.name}'")
+        drawn = np.random.default_rng(seed).choice(known, clients, replace=False)
+        cut = clients - config.newcomers  # who is held out is random too, not the writers of the last numbers
+        chosen = np.concatenate([np.sort(drawn[:cut]), np.sort(drawn[cut:])])
+        mine, order = np.isin(writers[positions], chosen), np.argsort(chosen)
         columns = {name: values[mine] for name, values in columns.items()}
-        columns["writer"] = np.searchsorted(chosen, writers[positions[mine]])
+        columns["writer"] = order[np.searchsorted(chosen[order], writers[positions[mine]])]
         kind = flower.NaturalIdPartitioner("writer")
     rows = datasets.Dataset.from_dict(columns)
     if config.partition == "iid":  # flwr-datasets cuts contiguous blocks

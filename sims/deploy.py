@@ -1,0 +1,489 @@
+"""``fedkd deploy``: what a deployment needs on the server and on each device, and whether a device has it.
+
+``init`` writes one folder: a private certificate authority, the server's certificate, a key for each node, Flower's
+configuration, a Compose file, systemd units, and the exact commands.  Nothing in it is sent anywhere.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import re
+import shlex
+import socket
+import ssl
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedkd import __version__
+from fedkd.config import Config, defaults
+from fedkd.data.devices import Description, Place, hosted, parse_clients
+from fedkd.errors import UserError
+from sims.doctor import Finding
+
+PORT = 8000
+"""Flower's own default."""
+CONNECTION = "deployed"
+"""Name of the SuperLink in Flower's configuration."""
+YEARS = 5
+CA, FLOWER = "ca.pem", "flower"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What ``init`` writes.
+
+    Args:
+        folder: where.
+        nodes: number of devices.
+        clients: number of clients; they are dealt to the devices in order.
+        address: host name or address under which the devices reach the server.
+        port: the server's port.
+        data: folder of the data on a device.
+    """
+
+    folder: Path
+    nodes: int
+    clients: int
+    address: str
+    port: int = PORT
+    data: str = "/srv/fedkd/data"
+
+    def write(self) -> None:
+        """Write everything.
+
+        Raises:
+            UserError: the folder holds something, or the numbers or the address make no sense.
+        """
+        self._check()
+        server, devices = self.folder / "server", self.folder / "devices"
+        server.mkdir(parents=True)
+        ca, key = _authority()
+        (self.folder / "ca").mkdir(mode=0o700)
+        _private(self.folder / "ca" / "ca.key", _pem(key))
+        (self.folder / "ca" / CA).write_bytes(ca)
+        _server_certificate(server, ca, key, self.address)
+        (server / CA).write_bytes(ca)
+        (server / "nodes").mkdir()
+        _write(server / FLOWER / "config.toml", self._flower())
+        _write(server / "app" / "pyproject.toml", self._app())
+        _write(
+            server / "fedkd-superlink.service", self._unit("SuperLink", "server", self.superlink_command("/etc/fedkd"))
+        )
+        for node in range(self.nodes):
+            folder = devices / f"node-{node}"
+            folder.mkdir(parents=True)
+            own = ec.generate_private_key(ec.SECP384R1())
+            _private(folder / "node.key", _openssh(own))
+            public = own.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+            for place in (folder / "node.pub", server / "nodes" / f"node-{node}.pub"):
+                place.write_bytes(public + b"\n")
+            (folder / CA).write_bytes(ca)
+            command = self.supernode_command(node, "/etc/fedkd", self.data)
+            _write(folder / "fedkd-supernode.service", self._unit("SuperNode", f"node {node}", command))
+        _write(self.folder / "compose.yaml", self._compose())
+        _write(self.folder / "README.md", self._readme())
+
+    def clients_of(self, node: int) -> str:
+        """Return the clients of a node as its configuration names them: blocks of nearly equal length."""
+        first, last = (round(self.clients * k / self.nodes) for k in (node, node + 1))
+        return ",".join(map(str, range(first, last)))
+
+    def superlink_command(self, folder: str | Path, state: str | Path = "", host: str = "0.0.0.0") -> list[str]:
+        """Return the command that starts the SuperLink.
+
+        Args:
+            folder: where certificate and key are.
+            state: where it keeps which nodes and runs it knows; empty: there too.
+            host: the address that it listens at.
+        """
+        return [
+            *("flower-superlink", "--host", host, "--port", str(self.port)),
+            *("--ssl-ca-certfile", f"{folder}/{CA}"),
+            *("--ssl-certfile", f"{folder}/superlink.pem", "--ssl-keyfile", f"{folder}/superlink.key"),
+            *("--enable-supernode-auth", "--database", f"{state or folder}/state.db"),
+            "--disable-runtime-dependency-installation",
+        ]
+
+    def supernode_command(self, node: int, folder: str | Path, data: str | Path) -> list[str]:
+        """Return the command that starts a device's SuperNode, with its files in a folder."""
+        return [
+            *("flower-supernode", "--superlink", _joined(self.address, self.port)),
+            *("--root-certificates", f"{folder}/{CA}", "--auth-supernode-private-key", f"{folder}/node.key"),
+            *("--node-config", f'clients="{self.clients_of(node)}" data="{data}"'),
+        ]
+
+    def _check(self) -> None:
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} is not an empty folder; keys are never overwritten, so take another one")
+        if self.nodes < 1 or self.clients < self.nodes:
+            raise UserError(f"{self.nodes} nodes and {self.clients} clients: every node hosts one client at least")
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", self.address) and not _is_ip(self.address):
+            raise UserError(f"--address '{self.address}' is no host name and no address (without port)")
+        if not 0 < self.port < 2**16:
+            raise UserError(f"--port {self.port} is not between 1 and 65535")
+
+    def _flower(self) -> str:
+        own = {
+            "address": _joined(self.address, self.port),
+            "root-certificates": str((self.folder / "server" / CA).resolve()),
+        }
+        return tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: own}})
+
+    def _app(self) -> str:
+        """Return an app for ``flwr run``: the code that is installed, every setting, and this deployment's."""
+        from sims.simulation import app_of
+
+        own = {"data.partition": "devices", "run.clients": self.clients, "run.clients-per-round": 0}
+        config: dict[str, dict[str, object]] = {}
+        for key, value in (defaults() | own).items():
+            section, name = key.split(".", 1)
+            config.setdefault(section, {})[name] = value
+        return app_of(config)
+
+    @staticmethod
+    def _unit(what: str, where: str, command: list[str]) -> str:
+        binary = Path(sys.executable).parent
+        return textwrap.dedent(
+            f"""\
+            [Unit]
+            Description=fedkd: Flower {what} ({where})
+            Wants=network-online.target
+            After=network-online.target
+
+            [Service]
+            Environment=OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0
+            Environment=PATH={binary}:/usr/bin:/bin
+            StateDirectory=fedkd
+            Environment=FLWR_HOME=/var/lib/fedkd/flower FEDKD_RUNS=/var/lib/fedkd/runs FEDKD_CACHE=/var/lib/fedkd/cache
+            ExecStart={_systemd([str(binary / command[0]), *command[1:]])}
+            Restart=always
+            RestartSec=5
+
+            [Install]
+            WantedBy=multi-user.target
+            """
+        )
+
+    def _compose(self) -> str:
+        """Return a Compose file that starts everything on one machine: a rehearsal."""
+        environment = {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+        common = {"image": "${FEDKD_IMAGE:-fedkd}", "environment": environment, "restart": "unless-stopped"}
+        services: dict[str, object] = {
+            "superlink": common
+            | {
+                "command": self.superlink_command("/etc/fedkd"),
+                "volumes": ["./server:/etc/fedkd", "${FEDKD_RUNS:-./runs}:/runs"],
+                "environment": environment | {"FEDKD_RUNS": "/runs"},
+                "ports": [f"{self.port}:{self.port}"],
+                "networks": {"default": {"aliases": [self.address]}} if not _is_ip(self.address) else ["default"],
+            }
+        }
+        for node in range(self.nodes):
+            here = Deployment(self.folder, self.nodes, self.clients, "superlink", self.port)
+            services[f"node-{node}"] = common | {
+                "command": here.supernode_command(node, "/etc/fedkd", "/data"),
+                "volumes": [f"./devices/node-{node}:/etc/fedkd:ro", "${FEDKD_DATA:-./data}:/data:ro"],
+                "depends_on": ["superlink"],
+            }
+        return f"# A rehearsal on one machine, with an image that has fedkd {__version__}.  JSON is YAML.\n" + (
+            json.dumps({"services": services}, indent=2) + "\n"
+        )
+
+    def _readme(self) -> str:
+        at = _joined(self.address, self.port)
+        devices = "\n\n".join(
+            f"Node {node} hosts the clients {self.clients_of(node)}:\n\n"
+            f"```\n{_shell(self.supernode_command(node, '/etc/fedkd', self.data))}\n```"
+            for node in range(self.nodes)
+        )
+        flower = f"FLWR_HOME=$PWD/server/{FLOWER}"
+        return f"""# A deployment of fedkd {__version__}: {self.nodes} nodes, {self.clients} clients, server {at}
+
+`ca/` stays with whoever made this folder: its key can make certificates that the devices believe. `server/` goes to
+the server, `devices/node-K` to device K and to nobody else. All commands run from this folder, with `fedkd` installed
+in the same version everywhere.
+
+## Server
+
+```
+{_shell(self.superlink_command("server"))}
+```
+
+or install `server/fedkd-superlink.service` (all units name the Python of the machine that wrote them). Once, while it
+runs, let the devices in:
+
+```
+for key in server/nodes/*.pub; do {flower} flwr supernode register "$key" {CONNECTION}; done
+```
+
+**Who reaches port {self.port} can start runs and register nodes**, since Flower answers devices and operators on the
+same port and asks only devices for a key. Keep it inside a private network, or let a reverse proxy pass devices no
+more than `/v1/fleet/`.
+
+## Each device
+
+Copy `devices/node-K` to `/etc/fedkd`, and the data of its clients to `{self.data}` (a folder per client; see
+docs/deployment.md). Then, on the device:
+
+```
+fedkd deploy check /etc/fedkd --superlink {at} --clients NUMBERS --data-folder {self.data}
+```
+
+and the SuperNode itself, by hand or by `fedkd-supernode.service`:
+
+{devices}
+
+## A run
+
+On the server, with live progress:
+
+```
+fedkd run fedgen --engine deployment --superlink . --clients {self.clients}
+```
+
+or with Flower's own command; the results are then in `$FEDKD_RUNS` of the SuperLink's process:
+
+```
+{flower} flwr run server/app {CONNECTION} --stream --run-config 'run.method="fedgen" run.rounds=50'
+```
+"""
+
+
+def check(keys: Path, superlink: str, clients: str, data: Path, config: Config | None = None) -> Iterator[Finding]:
+    """Yield what a device can tell of itself: one line each, with what to do.
+
+    Args:
+        keys: folder with ``ca.pem`` and ``node.key``.
+        superlink: ``host:port`` of the server.
+        clients: numbers of the clients that the device hosts.
+        data: folder of their data.
+        config: settings of the runs to come, for ``data.name`` and the like; None: the defaults, as many clients as
+            are named.
+    """
+    from sims.doctor import packages
+
+    yield from packages()
+    host, port = _split_address(superlink)
+    yield from _reach(keys, host, port)
+    yield from _own_data(clients, data, config)
+
+
+def _reach(keys: Path, host: str, port: int) -> Iterator[Finding]:
+    """Can the SuperLink be reached, is it the right one, and does it know this device's key?"""
+    at = _joined(host, port)
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        yield Finding(False, "SuperLink", f"{at}: {error}", "is it started, is the address right, is the port open?")
+        return
+    yield Finding(True, "SuperLink", f"{at} can be reached")
+    ca = keys / CA
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        with (
+            socket.create_connection((host, port), timeout=5) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secure,
+        ):
+            ends = ssl.cert_time_to_seconds(str((secure.getpeercert() or {})["notAfter"]))
+    except (OSError, KeyError) as error:
+        advice = f"{ca} has to be the authority that signed the server's certificate, for this very address"
+        yield Finding(False, "TLS", f"{type(error).__name__}: {error}", advice)
+        return
+    until = datetime.datetime.fromtimestamp(ends, datetime.UTC)
+    yield Finding(True, "TLS", f"the server's certificate is signed by {ca}, until {until:%Y-%m-%d}")
+    yield _trusted(keys, at)
+
+
+def _trusted(keys: Path, at: str) -> Finding:
+    """Ask the SuperLink whether it knows this node's key; nothing is changed there.
+
+    A node is activated by its key and an interval.  An interval of zero is refused, but only after the key was found.
+    """
+    import httpx
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.supercore.error import ApiErrorCode, FlowerError
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    path = keys / "node.key"
+    try:
+        key = load_ssh_private_key(path.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("it is of another kind")
+    except (OSError, ValueError) as error:
+        return Finding(False, "key", f"{path} cannot be read: {error}", "take the one that `fedkd deploy init` wrote")
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        return Finding(False, "key", f"{path} can be read by others", f"chmod 600 {path}")
+    signed = NodeAuthHttpInterceptor(key, key.public_key())
+    question = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=0)
+    said = "it answered in an unknown way"
+    try:
+        with FleetHttpClient.from_server_address(at, False, (keys / CA).read_bytes(), interceptors=[signed]) as client:
+            client.ActivateNode(question)
+    except httpx.HTTPStatusError as error:
+        why = FlowerError.from_json(error.response.text)
+        if why and why.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+            return Finding(True, "key", "the SuperLink knows it")
+        if why and why.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+            return Finding(
+                False, "key", f"the SuperLink does not know {path}", "on the server: flwr supernode register node.pub"
+            )
+        if error.response.status_code == httpx.codes.UNAUTHORIZED:
+            advice = "compare the clocks: they may differ by five seconds only"
+            return Finding(False, "key", "the SuperLink does not accept the signature", advice)
+        said = str(error).partition("\n")[0]
+    except (httpx.HTTPError, FlowerError) as error:
+        said = str(error)
+    return Finding(None, "key", f"cannot tell whether it is known: {said}", "start the SuperNode and look at its log")
+
+
+def _own_data(clients: str, data: Path, config: Config | None) -> Iterator[Finding]:
+    try:
+        numbers = parse_clients(clients)
+        flat = config.flat() if config else {}
+        whole = max(int(flat.get("run.clients", 0)), max(numbers) + 1)
+        asked = Config.from_flat(
+            {**flat, "data.partition": "devices", "run.clients": whole, "run.clients-per-round": 0}
+        )
+        place = Place(numbers, data.expanduser().resolve(), Path())
+        found = Description.of(hosted(asked, place), numbers)
+    except UserError as error:
+        yield Finding(False, "data", str(error), "see docs/deployment.md for the folders that are expected")
+        return
+    shape = "x".join(map(str, found.shape))
+    yield Finding(True, "data", f"images {shape}, {len(found.classes)} classes: {', '.join(found.classes[:12])}")
+    for client in numbers:
+        train, test = sum(found.train[client]), sum(found.test[client])
+        advice = "" if test else "without test data it is left out of all means"
+        yield Finding(True if test else None, f"client {client}", f"{train} training and {test} test images", advice)
+
+
+def _authority() -> tuple[bytes, ec.EllipticCurvePrivateKey]:
+    """Return the certificate of a new authority, as PEM, and its key."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedkd private CA")])
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    built = (
+        _certificate(name, name, key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return built.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM), key
+
+
+def _server_certificate(folder: Path, ca: bytes, ca_key: ec.EllipticCurvePrivateKey, address: str) -> None:
+    """Write the server's key and certificate, for its address, this machine itself and the Compose file's name."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    issuer = x509.load_pem_x509_certificate(ca)
+    names: list[x509.GeneralName] = [x509.DNSName(name) for name in dict.fromkeys(("localhost", "superlink"))]
+    names += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
+    own = x509.IPAddress(ipaddress.ip_address(address)) if _is_ip(address) else x509.DNSName(address)
+    if own not in names:
+        names.append(own)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedkd SuperLink")])
+    built = (
+        _certificate(subject, issuer.subject, key.public_key())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+    )
+    _private(folder / "superlink.key", _pem(key))
+    (folder / "superlink.pem").write_bytes(built.sign(ca_key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
+
+
+def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))  # devices' clocks differ
+        .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+    )
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _openssh(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+
+
+def _private(path: Path, content: bytes) -> None:
+    """Write a file that nobody else can read, not even while it is written."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _split_address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"--superlink '{text}' is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _shell(command: list[str]) -> str:
+    """Write a command over several lines, an option each."""
+    lines = [command[0]]
+    for word in command[1:]:
+        if word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n    ".join(lines)
+
+
+def _systemd(command: list[str]) -> str:
+    """Quote a command as systemd reads it."""
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f"'{word}'" for word in command)

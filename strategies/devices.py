@@ -1,0 +1,171 @@
+"""Who hosts whom: the server asks every node once, before the first round, and refuses those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from fedkd import __version__, protocol
+from fedkd.config import Config
+from fedkd.data.devices import Description, Federation
+from fedkd.payload import PayloadError
+from strategies.base import listed
+
+WAIT_SECONDS, LOOK_SECONDS = 60.0, 0.5
+"""How long to wait for nodes while clients are missing, and how often to look."""
+
+_log = logging.getLogger("flwr")
+
+
+class RefusalError(RuntimeError):
+    """The nodes that are there cannot do the run; the message names them and says why."""
+
+
+@dataclass
+class Devices:
+    """The nodes of one Flower run, which are asked once, also for a series of runs on the same data.
+
+    Args:
+        grid: how to reach them.
+        methods: the methods that will run.
+    """
+
+    grid: Grid
+    methods: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self._known: dict[str, Federation] = {}
+
+    def federation(self, config: Config) -> Federation:
+        """Return who hosts whom, and how much of what.
+
+        Raises:
+            RefusalError: a client is missing or hosted twice, or the nodes with it do not fit.
+        """
+        key = json.dumps([config.data.model_dump(), config.run.clients])
+        if key not in self._known:
+            self._known[key] = self._ask(config)
+        return self._known[key]
+
+    def _ask(self, config: Config) -> Federation:
+        asked: set[int] = set()
+        found: dict[int, Description] = {}
+        refused: dict[int, str] = {}
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            if new := sorted(set(self.grid.get_node_ids()) - asked):
+                asked.update(new)
+                for node, answer in self._answers(config, new).items():
+                    if isinstance(answer, str):
+                        refused[node] = answer
+                    else:
+                        found[node] = answer
+            missing = set(range(config.run.clients)) - {c for answer in found.values() for c in answer.fingerprints}
+            if not missing or refused or time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_SECONDS)
+        unfit = judge(found)
+        self._tell(config, unfit)
+        return federation(config, found, refused | unfit)
+
+    def _answers(self, config: Config, nodes: Iterable[int]) -> dict[int, Description | str]:
+        """Return each node's description of its data, or why it does not take part."""
+        flat = json.dumps(config.flat(), sort_keys=True)
+        question = protocol.Question(flat, __version__, tuple(self.methods))
+        answers: dict[int, Description | str] = dict.fromkeys(nodes, f"no answer within {config.run.timeout:g} s")
+        for reply in self._exchange(config, dict.fromkeys(nodes, question)):
+            node = reply.metadata.src_node_id
+            if node not in answers:
+                continue
+            if reply.has_error():
+                answers[node] = reply.error.reason or "it failed and gave no reason"
+                continue
+            try:
+                described, why = protocol.read_answer(reply)
+                answers[node] = why or Description.parse(described)
+            except (PayloadError, ValueError) as error:
+                answers[node] = f"its answer cannot be read: {error}"
+        return answers
+
+    def _tell(self, config: Config, unfit: Mapping[int, str]) -> None:
+        """Let nodes that are refused say so in their own logs."""
+        self._exchange(config, {node: protocol.Question(refused=why) for node, why in unfit.items()})
+
+    def _exchange(self, config: Config, questions: Mapping[int, protocol.Question]) -> list[Message]:
+        messages = [
+            Message(question.content(), dst_node_id=node, message_type=MessageType.QUERY, ttl=config.run.timeout)
+            for node, question in questions.items()
+        ]
+        return list(self.grid.send_and_receive(messages, timeout=config.run.timeout)) if messages else []
+
+
+def judge(found: Mapping[int, Description]) -> dict[int, str]:
+    """Return which nodes do not fit to the one with the lowest client, or host a client that another one does."""
+    unfit: dict[int, str] = {}
+    if not found:
+        return unfit
+    order = sorted(found, key=lambda node: min(found[node].fingerprints))
+    first, owner = found[order[0]], dict[int, int]()
+    for node in order:
+        mine = found[node]
+        if mine.shape != first.shape:
+            shapes = " and ".join("x".join(map(str, shape)) for shape in (mine.shape, first.shape))
+            unfit[node] = f"its images differ from those of client {min(first.fingerprints)}: {shapes}"
+        elif mine.classes != first.classes:
+            unfit[node] = f"its classes differ from those of client {min(first.fingerprints)}: {_named(mine, first)}"
+        for client in mine.fingerprints:
+            if (other := owner.setdefault(client, node)) != node:
+                for one, two in ((node, other), (other, node)):
+                    unfit.setdefault(one, f"client {client} is hosted twice: by node {two} too")
+    return unfit
+
+
+def federation(config: Config, found: Mapping[int, Description], refused: Mapping[int, str]) -> Federation:
+    """Put the descriptions of the nodes that are not refused together.
+
+    Raises:
+        RefusalError: a client is missing; the message says which nodes were refused.
+    """
+    for node, why in refused.items():
+        _log.error("fedkd: node %s is refused: %s", node, why)
+    nodes = {client: node for node in found if node not in refused for client in found[node].fingerprints}
+    if missing := sorted(set(range(config.run.clients)) - set(nodes)):
+        why = "; ".join(
+            f"node {node}{_clients_of(found.get(node))} is refused: {reason}" for node, reason in refused.items()
+        )
+        raise RefusalError(f"no node hosts client {listed(missing)}" + (f"; {why}" if why else _advice(found)))
+    clients = range(config.run.clients)
+    known = [found[nodes[client]] for client in clients]
+    return Federation(
+        config=config,
+        nodes=tuple(nodes[client] for client in clients),
+        names=known[0].classes,
+        shape=known[0].shape,
+        train=np.array([one.train[client] for client, one in enumerate(known)], dtype=np.int64),
+        test=np.array([one.test[client] for client, one in enumerate(known)], dtype=np.int64),
+        fingerprints=tuple(one.fingerprints[client] for client, one in enumerate(known)),
+    )
+
+
+def _advice(found: Mapping[int, Description]) -> str:
+    if not found:
+        return "; no node appeared: start the SuperNodes"
+    return f"; {len(found)} nodes are there: start the others, or lower run.clients"
+
+
+def _clients_of(description: Description | None) -> str:
+    return f" (client {listed(sorted(description.fingerprints))})" if description else ""
+
+
+def _named(mine: Description, first: Description) -> str:
+    """Say how two lists of classes differ."""
+    if len(mine.classes) != len(first.classes):
+        return f"{len(mine.classes)} and {len(first.classes)}"
+    return next(f"'{a}' and '{b}'" for a, b in zip(mine.classes, first.classes, strict=True) if a != b)

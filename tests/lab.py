@@ -1,0 +1,196 @@
+"""A deployment on this machine for tests: a SuperLink and SuperNodes as processes, with TLS and keys.
+
+Every process has the lab's folder in its environment, by which it is found; it is ended by its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from sims.deploy import CONNECTION, Deployment
+from sims.doctor import FLOWER_SWITCH
+
+MARK = "FEDKD_LAB"
+START_SECONDS, STOP_SECONDS = 60.0, 10.0
+
+
+class Lab:
+    """A SuperLink and nodes, as a context manager.
+
+    Args:
+        base: an empty folder for everything.
+        nodes: number of nodes.
+        clients: number of clients.
+        data: for each node, the folder of its data.
+        address: where the SuperLink listens.
+        inside: for the SuperLink (-1) and each node, a prefix of their commands: the way into a network of their own.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        nodes: int,
+        clients: int,
+        data: Sequence[Path],
+        address: str = "127.0.0.1",
+        inside: Callable[[int], list[str]] = lambda node: [],
+    ) -> None:
+        self.deployment = Deployment(base / "deployment", nodes, clients, address, free_port())
+        self.base, self.data, self.inside = base, list(data), inside
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self.deployment.write()
+            self.start_superlink()
+            for node in range(self.deployment.nodes):
+                self.register(node)
+                self.start_node(node)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def folder(self) -> Path:
+        """What ``fedkd deploy init`` wrote."""
+        return self.deployment.folder
+
+    def environment(self, home: str, **more: str) -> dict[str, str]:
+        """Return the environment of a process with a Flower folder of its own."""
+        own = {
+            MARK: str(self.base),
+            FLOWER_SWITCH: "1",
+            "FLWR_HOME": str(self.base / home),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "FEDKD_CACHE": str(self.base / home / "cache"),
+            "FEDKD_RUNS": str(self.base / home / "runs"),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        return {**os.environ, **own, **more}
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink and wait until it listens."""
+        command = self.deployment.superlink_command(self.folder / "server", host=self.deployment.address)
+        self._start(-1, command, self.environment("superlink"))
+        deadline = time.monotonic() + START_SECONDS
+        while subprocess.run(
+            [*self.inside(-1), sys.executable, "-c", _CONNECT, self.deployment.address, str(self.deployment.port)],
+            capture_output=True,
+            check=False,
+        ).returncode:
+            assert self.processes[-1].poll() is None, self.log(-1)
+            assert time.monotonic() < deadline, self.log(-1)
+            time.sleep(0.2)
+
+    def flwr(self, *words: str) -> str:
+        """Run Flower's command as on the server; return what it says."""
+        done = subprocess.run(
+            [*self.inside(-1), "flwr", *words],
+            env=self.environment("superlink") | {"FLWR_HOME": str(self.folder / "server" / "flower")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def register(self, node: int) -> None:
+        """Let a node's key in."""
+        self.flwr("supernode", "register", str(self.folder / "server" / "nodes" / f"node-{node}.pub"), CONNECTION)
+
+    def start_node(self, node: int, **more: str) -> None:
+        """Start a node, with further variables in its environment."""
+        command = self.deployment.supernode_command(node, self.folder / "devices" / f"node-{node}", self.data[node])
+        if not self.inside(node):
+            command += ["--port", str(free_port())]
+        self._start(node, command, self.environment(f"node-{node}", **more))
+
+    def kill(self, node: int) -> None:
+        """Kill a node and all that it started, at once."""
+        first = psutil.Process(self.processes[node].pid)
+        for process in (first, *first.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.processes.pop(node).wait()
+
+    def fedkd(self, *words: str, **more: str) -> subprocess.Popen[str]:
+        """Start our command as on the server, in a folder of its own."""
+        folder = self.base / "shell"
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [*self.inside(-1), "fedkd", *words],
+            env=self.environment("superlink", **more),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def log(self, node: int) -> str:
+        """Return what a node (-1: the SuperLink) has said so far."""
+        return (self.base / f"log{node}").read_text(encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        """End every process of the lab."""
+        found = mine(self.base)
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(found, timeout=STOP_SECONDS)
+        for process in mine(self.base):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for process in self.processes.values():
+            process.wait(STOP_SECONDS)
+        self.processes.clear()
+
+    def _start(self, node: int, command: list[str], environment: Mapping[str, str]) -> None:
+        with (self.base / f"log{node}").open("ab") as log:
+            self.processes[node] = subprocess.Popen(
+                [*self.inside(node), *command],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+
+def mine(base: Path) -> list[psutil.Process]:
+    """Return the processes of the lab in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(base):
+                found.append(process)
+    return found
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+_CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1).close()"

@@ -1,0 +1,384 @@
+"""Published tables: what their files say, and a table made again from start to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY
+
+from fedkd.config import Config
+from fedkd.errors import UserError
+from sims import cli, inline, launch, reproduce
+from sims.reproduce import SCALES, Experiment
+
+PAPERS = sorted(path.parent for path in reproduce.HOME.glob("*/experiment.toml"))
+TABLES = reproduce.experiments()
+TABLE_KEYS = {"title", "published-table", "published-column", "metric", "best-rounds", "against", "log", "like"}
+ROW_KEYS = {"label", "method", "settings", "runs", "score", "control", "against", "published", "scales"}
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def fedkd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """The command line in this process and an empty folder; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0)
+
+    return call
+
+
+def scales(name: str) -> list[Experiment]:
+    """Return a table at each of the scales that it has."""
+    paper, table = name.split("/")
+    raw = reproduce._table(reproduce._read(reproduce.HOME / paper / "experiment.toml"), table)
+    return [Experiment.read(name, scale) for scale in raw["scales"]]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_is_a_valid_configuration_at_every_scale(name: str) -> None:
+    """Unknown keys, values out of range and rows that name no row would come to light hours into a sweep."""
+    found = scales(name)
+    assert {"smoke", "cpu"} <= {experiment.scale for experiment in found} <= set(SCALES)
+    for experiment in found:
+        rows = {row.name: row for row in experiment.rows}
+        assert experiment.metric in ("mean", "weighted")
+        assert any(row.control for row in experiment.rows)
+        assert len({row.label for row in experiment.rows}) == len(rows)
+        hashes = []
+        for row in experiment.rows:
+            flat = experiment.flat(row, 1, {})
+            config = Config.from_flat(flat)
+            assert {key: value for key, value in config.flat().items() if key in flat}.items() <= flat.items()
+            assert row.score in ("personal", "global")
+            assert set(row.against) < set(rows)
+            assert row.name not in row.against
+            assert not (row.control and row.against), "controls are compared with, not compared"
+            assert rows[row.runs].runs == row.runs
+            assert rows[row.runs].method == row.method
+            if row.runs == row.name:
+                hashes.append(config.toml())
+            else:
+                assert not row.settings
+        assert len(set(hashes)) == len(hashes), "two rows are the same run; name it with runs"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_smoke_needs_no_data_and_no_patience(name: str) -> None:
+    """What a continuous check runs: embedded data, a handful of rounds, every row of the paper."""
+    smoke, *others = scales(name)
+    assert smoke.scale == "smoke"
+    assert all(row in smoke.rows for row in others[-1].rows if others[-1].scale == "paper")
+    for row in smoke.rows:
+        config = Config.from_flat(smoke.flat(row, 1, {}))
+        assert config.data.name == "digits"
+        assert config.run.rounds <= 10
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
+def test_files_say_what_is_read(paper: Path) -> None:
+    """A misspelt key would be passed over in silence."""
+    tables = reproduce._read(paper / "experiment.toml")
+    for table in tables.values():
+        assert set(table) <= TABLE_KEYS | {"settings", "scales", "rows"}
+        for row in table.get("rows", {}).values():
+            assert set(row) <= ROW_KEYS
+            assert set(row.get("scales", ())) <= set(table["scales"])
+    text = (paper / "README.md").read_text(encoding="utf-8")
+    for table in tables:
+        assert f"{paper.name}/{table}" in text
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
+def test_published_numbers_have_sources_and_rows_find_theirs(paper: Path) -> None:
+    """A number without a source is an invention; a table that names a column compares with it, and others do not."""
+    published = reproduce._read(paper / "published.toml")
+    assert set(published) <= {"number", "claim"}
+    assert published["claim"]
+    for claim in published["claim"]:
+        assert set(claim) == {"text", "source"}
+        assert all(claim.values())
+    numbers = published.get("number", [])
+    for number in numbers:
+        assert set(number) == {"table", "row", "column", "value", "source"}
+        assert all(number.values())
+        assert re.fullmatch(r"\d+\.\d+( ± \d+\.\d+)?", number["value"])
+    places = [(number["table"], number["row"], number["column"]) for number in numbers]
+    assert len(set(places)) == len(places)
+    for table in reproduce._read(paper / "experiment.toml").values():
+        named = {row.get("published") for row in table.get("rows", {}).values()} - {None}
+        here = {row for t, row, column in places if (t, column) == _column(table)}
+        assert named <= here
+        assert bool(named) == ("published-table" in table)
+
+
+def _column(table: dict[str, Any]) -> tuple[str | None, str | None]:
+    return table.get("published-table"), table.get("published-column")
+
+
+def test_published_values_stand_beside_the_rows() -> None:
+    """Against the papers, by hand."""
+    found = {row.name: row.published for row in Experiment.read("pgfed", "paper").rows}
+    assert found["pgfed"] == "81.02 ± 0.41"
+    assert found["fedavg"] == "65.07 ± 0.25"
+    assert found["fedavg-ft"] == ""
+    assert {row.name: row.published for row in Experiment.read("fedgen/table1").rows}["fedgen-paper"] == "93.03 ± 0.32"
+
+
+def test_fedgen_table_is_the_one_that_was_measured() -> None:
+    """The committed results hold for these settings and no others; both larger scales are the paper's own size."""
+    cpu, paper = Experiment.read("fedgen", "cpu"), Experiment.read("fedgen", "paper")
+    assert cpu.settings == paper.settings
+    assert (cpu.metric, cpu.best_rounds) == ("weighted", 5)
+    config = Config.from_flat(cpu.flat(cpu.rows[0], 0, {}))
+    assert (config.run.rounds, config.run.clients, config.run.cohort, config.train.local_steps) == (200, 20, 10, 20)
+    assert (config.data.partition, config.data_seed, config.data.test) == ("fedgen", 42, "own-labels")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fedgan"], "unknown experiment 'fedgan'; did you mean 'fedgen'?"),
+        (["fedgen/table9"], "unknown experiment 'fedgen/table9'; did you mean 'fedgen/table1'?"),
+        (["fedgen", "--scale", "cpus"], "unknown scale 'cpus'; did you mean 'cpu'? (known: smoke, cpu, paper)"),
+        (["fedd2s/cifar10", "--scale", "paper"], "fedd2s/cifar10 has no scale 'paper' (it has: smoke, cpu)"),
+        (["fedd2s"], "'fedd2s' has several tables; name one: fedd2s/cifar10, fedd2s/femnist"),
+        (["fedgen", "--scale", "smoke", "--seeds", "1,x"], "--seeds '1,x' is not a list of whole numbers"),
+        (["fedgen", "--scale", "smoke", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+    ],
+)
+def test_mistakes_get_one_line_and_code_2(
+    words: list[str], said: str, fedkd: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing has started by then: no folder is made."""
+    assert fedkd("reproduce", *words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_names_every_table_with_its_scales(fedkd: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """With and without --list."""
+    assert fedkd("reproduce", "--list") == 0
+    listed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in listed.splitlines()] == list(TABLES)
+    assert "(scales: smoke, cpu)" in listed
+    assert fedkd("reproduce") == 0
+    assert capsys.readouterr().out == listed
+
+
+EXAMPLE = """
+[one]
+title = "An example"
+published-table = "1"
+published-column = "digits"
+metric = "mean"
+against = ["after"]
+log = ["alpha"]
+settings = {settings}
+scales = {{ smoke = {{ }}, cpu = {{ "run.rounds" = 4 }} }}
+
+[one.rows.global]
+label = "FedAvg_"
+method = "fedavg_ft"
+runs = "after"
+score = "global"
+published = "FedAvg"
+
+[one.rows.after]
+label = "FedAvg, then local steps"
+method = "fedavg_ft"
+control = true
+
+[one.rows.mixed]
+label = "APFL"
+method = "apfl"
+settings = {{ "apfl.alpha" = 0.25 }}
+published = "APFL"
+
+[one.rows.late]
+label = "another"
+method = "local"
+scales = ["cpu"]
+
+[two]
+like = "one"
+title = "Another example"
+best-rounds = 2
+settings = {{ "train.lr" = 0.5 }}
+scales = {{ smoke = {{ }} }}
+
+[two.rows.more]
+label = "one more"
+method = "local"
+"""
+NUMBERS = """
+[[number]]
+table = "1"
+row = "FedAvg"
+column = "digits"
+value = "50.00 ± 1.00"
+source = "nowhere"
+
+[[number]]
+table = "1"
+row = "APFL"
+column = "digits"
+value = "60.00"
+source = "nowhere"
+"""
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two tables of a paper of our own, two training runs each."""
+    home = tmp_path_factory.mktemp("sims")
+    (home / "example").mkdir()
+    inner = ", ".join(f'"{key}" = {json.dumps(value)}' for key, value in TINY.items())
+    (home / "example" / "experiment.toml").write_text(EXAMPLE.format(settings=f"{{ {inner} }}"), encoding="utf-8")
+    (home / "example" / "published.toml").write_text(NUMBERS, encoding="utf-8")
+    monkeypatch.setattr(reproduce, "HOME", home)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder and below, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+ONE = ["reproduce", "example/one", "--scale", "smoke", "--seeds", "1,2", "--jobs", "1"]
+
+
+@pytest.mark.usefixtures("example")
+def test_a_table_from_start_to_end(
+    fedkd: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every number of the table is recomputed from the logs; a second call runs nothing and leaves the same bytes."""
+    assert fedkd(*ONE) == 0
+    shown = capsys.readouterr().out
+    out = tmp_path / "runs" / "reproduce" / "example" / "one" / "smoke"
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
+        f"{row}-s{seed}" for row in ("after", "mixed") for seed in (1, 2)
+    ]
+    curves = {
+        (row, score, seed): _curve(out / f"{row}-s{seed}", score)
+        for row, score in (("after", "global"), ("after", "personal"), ("mixed", "personal"))
+        for seed in (1, 2)
+    }
+    table = pd.read_csv(out / "table.csv")
+    assert list(table["row"]) == ["FedAvg_", "control: FedAvg, then local steps", "APFL"]
+    assert list(table["published"]) == ["50.00 ± 1.00", "-", "60.00"]
+    for line, (row, score) in zip(
+        table.to_dict("records"), (("after", "global"), ("after", "personal"), ("mixed", "personal")), strict=True
+    ):
+        mine = [curves[row, score, seed] for seed in (1, 2)]
+        last, best = [curve[-1] for curve in mine], [curve.max() for curve in mine]
+        assert line["last"] == pytest.approx(np.mean(last))
+        assert line["last_std"] == pytest.approx(np.std(last, ddof=1))
+        assert line["best"] == pytest.approx(np.mean(best))
+        assert line["best_std"] == pytest.approx(np.std(best, ddof=1))
+        assert line["seeds"] == 2
+    assert table["alpha"].isna().tolist() == [True, True, False]
+    assert table["alpha"].iloc[2] == pytest.approx(0.25)
+
+    paired = pd.read_csv(out / "differences.csv")
+    assert list(paired["row"]) == ["FedAvg_", "APFL"]  # controls are compared with, not compared
+    gains = [curves["mixed", "personal", seed][-1] - curves["after", "personal", seed][-1] for seed in (1, 2)]
+    assert paired["difference"].iloc[1] == pytest.approx(np.mean(gains))
+    assert paired["difference_std"].iloc[1] == pytest.approx(np.std(gains, ddof=1))
+    assert paired["higher"].iloc[1] == sum(gain > 0 for gain in gains)
+    assert 0 < paired["p"].iloc[1] <= 1
+
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert text in shown
+    assert f"| APFL | 60.00 | {table['last'].iloc[2]:.2f} ± {table['last_std'].iloc[2]:.2f} |" in text
+    latex = (out / "table.tex").read_text(encoding="utf-8")
+    assert r"FedAvg\_ & 50.00 $\pm$ 1.00 &" in latex
+    assert latex.count(r"\\") == 4
+    for stem in ("convergence", "convergence-global", "fairness"):
+        assert (out / f"{stem}.png").stat().st_size > 1000
+    runs = pd.read_csv(out / "runs.csv")
+    assert runs["digest"].nunique() == 4  # six lines: two rows share their runs
+
+    before = contents(out)
+    monkeypatch.setattr(launch, "launch_all", None)
+    assert fedkd(*ONE) == 0
+    assert contents(out) == before
+    assert capsys.readouterr().out == shown
+
+
+def _curve(folder: Path, score: str) -> Any:
+    frame = pd.read_json(folder / "evaluations.jsonl", lines=True)
+    frame = frame[frame["total"] > 0]
+    return (100 * frame[f"{score}_correct"] / frame["total"]).groupby(frame["round"]).mean().to_numpy()
+
+
+@pytest.mark.usefixtures("example")
+def test_an_interrupted_table_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stopped in the third run: the finished ones are kept as they are, and the table is that of an unbroken sweep."""
+    one = Experiment.read("example/one", "smoke")
+    whole = reproduce.reproduce(one, {}, [1, 2], tmp_path / "whole", jobs=1)
+    started, real = [], inline.run
+
+    def stopping(config: Config, nodes: int) -> Any:
+        started.append(Path(config.run.dir).name)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return real(config, nodes)
+
+    monkeypatch.setattr(inline, "run", stopping)
+    parts = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce(one, {}, [1, 2], parts, jobs=1)
+    before = contents(parts / "after-s1"), contents(parts / "mixed-s1")
+    runs = reproduce.reproduce(one, {}, [1, 2], parts, jobs=1)
+    assert started == ["after-s1", "mixed-s1", "after-s2", "after-s2", "mixed-s2"]
+    assert (contents(parts / "after-s1"), contents(parts / "mixed-s1")) == before
+    for make in (reproduce.table, reproduce.differences, reproduce.digests):
+        pd.testing.assert_frame_equal(make(one, runs), make(one, whole))
+
+
+@pytest.mark.usefixtures("example")
+def test_a_table_takes_over_what_it_is_like() -> None:
+    """Rows, scores and settings of the other, with its own added; its scales are its own."""
+    one, two = Experiment.read("example/one", "smoke"), Experiment.read("example/two", "smoke")
+    assert [row.name for row in one.rows] == ["global", "after", "mixed"]
+    assert [row.name for row in two.rows] == ["global", "after", "mixed", "more"]
+    assert [row.name for row in Experiment.read("example/one", "cpu").rows][-1] == "late"
+    assert two.settings == {**one.settings, "train.lr": 0.5}
+    assert (one.best_rounds, two.best_rounds) == (1, 2)
+    assert two.title == "Another example"
+
+
+@pytest.mark.usefixtures("example")
+def test_several_best_rounds_are_pooled_over_seeds(tmp_path: Path) -> None:
+    """As FedGen's tables have it: mean and deviation of the best rounds of all seeds together."""
+    two = Experiment.read("example/two", "smoke")
+    frame = reproduce.table(two, reproduce.reproduce(two, {}, [1, 2], tmp_path, jobs=1))
+    best = np.concatenate([np.sort(_curve(tmp_path / f"mixed-s{seed}", "personal"))[-2:] for seed in (1, 2)])
+    assert frame["best"].iloc[2] == pytest.approx(best.mean())
+    assert frame["best_std"].iloc[2] == pytest.approx(best.std())
+    assert {"best 2 rounds", "last 10 rounds"} <= set(reproduce._text(two, frame)[0])
+
+
+@pytest.mark.usefixtures("example")
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    """A trial with fewer rounds does not end in the table of the whole."""
+    one = Experiment.read("example/one", "smoke")
+    reproduce.reproduce(one, {"run.rounds": 2}, [1], tmp_path, jobs=1)
+    with pytest.raises(UserError, match="with other settings"):
+        reproduce.reproduce(one, {"run.rounds": 3}, [1], tmp_path, jobs=1)
