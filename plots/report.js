@@ -71,7 +71,6 @@ function ticks(low, high, most = 7) {
 
 function extent(values, least, most) {
   const known = values.filter((value) => value !== null);
-  if (!known.length) return [0, 1];
   let low = Math.min(...known), high = Math.max(...known);
   if (low === high) [low, high] = [low - 1, high + 1];
   const margin = 0.03 * (high - low);
@@ -143,10 +142,11 @@ function chooser(label, options, chosen) {
 
 function figure(id, choosers, draw) {
   const node = make("figure", { id }, ...choosers.map((chooser) => chooser.node));
+  let drawn = null;
   const redraw = () => {
-    node.querySelector(":scope > svg")?.remove();
+    drawn?.remove();
     tip.hidden = true;
-    node.append(draw());
+    node.append(drawn = draw());
   };
   for (const { select } of choosers) select.addEventListener("change", redraw);
   redraw();
@@ -161,6 +161,7 @@ function curves() {
   const by = chooser("over", over, () => {});
   return figure("curves", [what, by], () => {
     const drawn = lines[what.select.value][by.select.value];
+    if (!drawn.length) return make("p", {}, "None of the runs has such a model.");
     const edges = drawn.flatMap(({ y, deviation }) => y.flatMap((v, i) => [v - (deviation[i] ?? 0), v + (deviation[i] ?? 0)]));
     const { svg, x, y } = axes(over[by.select.value], extent(drawn.flatMap((line) => line.x), 0, Infinity),
       names[what.select.value], extent(edges, 0, 100));

@@ -40,7 +40,7 @@ def going_on(folder: Path, root: Path | None = None) -> tuple[Config, list[str]]
     found = checkpoints.newest(folder, strategy.state, strategy.setup.sizes, config.run.eval_every)
     said = [f"the checkpoint of round {round} does not count: {why}" for round, why in found.unusable.items()]
     where = f"going on after round {found.round} of {config.run.rounds}"
-    said.append(where if found.round else "no checkpoint yet; beginning again")
+    said.append(where if found.round else "there is no checkpoint to go on after; beginning again")
     return config, said + _differences(run)
 
 

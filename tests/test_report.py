@@ -296,14 +296,15 @@ class TestBrowser:
         path.write_text(report(invent(tmp_path, ["local"], clients=1, rounds=1)), encoding="utf-8")
         window.complaints.clear()
         window.open(path)
-        window.run(
-            "document.querySelectorAll('select').forEach(select => [...select.options].forEach((_, i) => {"
-            "select.selectedIndex = i; select.dispatchEvent(new Event('change')); }))"
+        made = window.run(
+            "[...document.querySelectorAll('select')].flatMap(select => [...select.options].map((_, i) => {"
+            "select.selectedIndex = i; select.dispatchEvent(new Event('change')); "
+            "return document.querySelector('main').outerHTML; })).join()"
         )
-        made = window.run("document.querySelector('main').outerHTML")
         assert "NaN" not in made
         assert "Infinity" not in made
         assert "nothing is claimed" in made
+        assert made.count("None of the runs has such a model.") == 1  # as long as the global model is chosen
         assert not window.complaints
 
     def test_hostile_texts_stay_texts(self, window: Page, tmp_path: Path) -> None:
