@@ -33,8 +33,8 @@ def start(home: Path) -> subprocess.Popen[bytes]:
 def processes_of(home: Path) -> list[psutil.Process]:
     """Return the processes that were started for the SuperLink with the folder ``home``.
 
-    They have it in their environment, or are in the session of which such a one is the leader: Ray's agents write
-    their titles over their environments, and lose their parents when these are killed.
+    They have it, or a folder in it, in their environment, or are in the session of which such a one is the leader:
+    Ray's agents write their titles over their environments, and lose their parents when these are killed.
     """
     marked = [process for process in psutil.process_iter() if _has_home(process, home)]
     leaders = {process.pid for process in marked if _session(process) == process.pid}
@@ -43,9 +43,10 @@ def processes_of(home: Path) -> list[psutil.Process]:
 
 def _has_home(process: psutil.Process, home: Path) -> bool:
     try:
-        return process.environ().get(HOME) == str(home)
+        own = process.environ().get(HOME)
     except psutil.Error:
         return False
+    return own is not None and Path(own).is_relative_to(home)
 
 
 def _session(process: psutil.Process) -> int | None:

@@ -1,6 +1,7 @@
 """A deployment on this machine for tests: a SuperLink and SuperNodes as processes, with TLS and keys.
 
-Every process has the lab's folder in its environment, by which it is found; it is ended by its number.
+Every process has the lab's folder in its environment, by which it is found; it is ended by its number, also when the
+tests themselves are killed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import psutil
 
+from sims import watchdog
 from sims.deploy import CONNECTION, Deployment
 from sims.doctor import FLOWER_SWITCH
 
@@ -48,13 +51,18 @@ class Lab:
         self.deployment = Deployment(base / "deployment", nodes, clients, address, free_port())
         self.base, self.data, self.inside = base, list(data), inside
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.homes = base / "homes"
+        self.homes.mkdir()
+        self._watchdog = watchdog.start(self.homes)
 
     def __enter__(self) -> Self:
         try:
             self.deployment.write()
             self.start_superlink()
-            for node in range(self.deployment.nodes):
-                self.register(node)
+            nodes = range(self.deployment.nodes)
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(self.register, nodes))
+            for node in nodes:
                 self.start_node(node)
         except BaseException:
             self.close()
@@ -74,14 +82,14 @@ class Lab:
         own = {
             MARK: str(self.base),
             FLOWER_SWITCH: "1",
-            "FLWR_HOME": str(self.base / home),
+            "FLWR_HOME": str(self.homes / home),
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
-            "FEDKD_CACHE": str(self.base / home / "cache"),
-            "FEDKD_RUNS": str(self.base / home / "runs"),
+            "FEDKD_CACHE": str(self.homes / home / "cache"),
+            "FEDKD_RUNS": str(self.homes / home / "runs"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         return {**os.environ, **own, **more}
@@ -151,7 +159,7 @@ class Lab:
         return (self.base / f"log{node}").read_text(encoding="utf-8", errors="replace")
 
     def close(self) -> None:
-        """End every process of the lab."""
+        """End every process of the lab, and remove their folders."""
         found = mine(self.base)
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -163,6 +171,7 @@ class Lab:
         for process in self.processes.values():
             process.wait(STOP_SECONDS)
         self.processes.clear()
+        self._watchdog.communicate()
 
     def _start(self, node: int, command: list[str], environment: Mapping[str, str]) -> None:
         with (self.base / f"log{node}").open("ab") as log:
