@@ -670,7 +670,7 @@ def _open_all(folders: Sequence[Path]) -> list[Run]:
         if (folder / "rounds.jsonl").exists():
             runs.append(Run.open(folder))
             continue
-        inside = sorted(path.parent for path in folder.glob("*/rounds.jsonl") if ".interrupted" not in path.parent.name)
+        inside = sorted(path.parent for path in folder.glob("*/rounds.jsonl"))
         if not inside:
             Run.open(folder)
         runs += [Run.open(path) for path in inside]

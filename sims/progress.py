@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ class Watched:
             )
             if scores:
                 self.accuracy = sum(scores) / len(scores)
-                tenth = scores[: max(1, round(len(scores) / 10))]
+                tenth = scores[: math.ceil(len(scores) / 10)]
                 self.worst = sum(tenth) / len(tenth)
         for row in self._new("rounds"):
             self.done = row["round"]

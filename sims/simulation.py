@@ -153,27 +153,27 @@ class PrivateSuperLink:
 
         Flower would notice that by a heartbeat, after a minute.
         """
-        server: psutil.Process | None = None
+        seen = False
         while client.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 client.wait(1)
-            if server is None:
-                server = self._server()
-            elif not _alive(server):
+            if self._server_runs():
+                seen = True
+            elif seen:
                 try:
                     client.wait(END_SECONDS)
                 except subprocess.TimeoutExpired:
-                    return True
+                    if not self._server_runs():
+                        return True
         return False
 
-    def _server(self) -> psutil.Process | None:
-        """Return the process in which the ServerApp runs, once there is one."""
+    def _server_runs(self) -> bool:
+        """Return whether there is a process in which the ServerApp runs."""
         assert self._process is not None
+        children: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in self._process.children(recursive=True):
-                if any(word.endswith("flwr-simulation") for word in process.cmdline()):
-                    return process
-        return None
+            children = self._process.children(recursive=True)
+        return any(_is_server(process) for process in children)
 
     def close(self) -> None:
         """End the SuperLink and all that it started, by process id, and remove its folder.
@@ -316,10 +316,12 @@ def tail(log: Path, lines: int = 5) -> str:
     return " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
 
 
-def _alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+def _is_server(process: psutil.Process) -> bool:
+    """Return whether the ServerApp runs in this process; one that has ended but not been waited for has no command."""
+    try:
+        return any(word.endswith("flwr-simulation") for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _reason(folder: Path, log: Path, killed: bool) -> str:

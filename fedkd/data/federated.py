@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from fedkd.config import Config, DataSection
-from fedkd.data.images import Images, cache_root, load_images
+from fedkd.data.images import Images, cache_root, load_images, writing_cache
 from fedkd.data.partition import partition
 from fedkd.errors import UserError
 from fedkd.rng import Streams
@@ -287,18 +287,19 @@ def _own_label_test(images: Images, train: list[Integers]) -> list[Integers]:
 
 
 def _write(path: Path, train: list[Integers], test: list[Integers], public: list[Integers]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".part{os.getpid()}.npz")
-    np.savez(
-        part,
-        train=np.concatenate(train),
-        test=np.concatenate(test),
-        public=np.concatenate(public),
-        train_sizes=np.array([len(r) for r in train]),
-        test_sizes=np.array([len(r) for r in test]),
-        public_sizes=np.array([len(r) for r in public]),
-    )
-    part.replace(path)
+    with writing_cache():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            part,
+            train=np.concatenate(train),
+            test=np.concatenate(test),
+            public=np.concatenate(public),
+            train_sizes=np.array([len(r) for r in train]),
+            test_sizes=np.array([len(r) for r in test]),
+            public_sizes=np.array([len(r) for r in public]),
+        )
+        part.replace(path)
 
 
 def _read(path: Path) -> Parts | None:
