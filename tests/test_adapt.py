@@ -32,6 +32,8 @@ from plots.adapt import adaptation, by_epoch, summary
 from sims import cli
 from sims.adapt import AdaptationError, Newcomers, Task, adapt, plan
 
+pytestmark = pytest.mark.slow
+
 RunInline = Callable[..., Run]
 Keys = dict[str, Scalar]
 

@@ -102,6 +102,7 @@ TRAJECTORIES: list[dict[str, Scalar]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", TRAJECTORIES, ids=["plain", "momentum", "averaged-statistics"])
 @VARIANTS
 def test_the_global_model_does_not_know_of_alpha(run_inline: RunInline, variant: str, keys: dict[str, Scalar]) -> None:

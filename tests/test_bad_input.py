@@ -28,6 +28,8 @@ from fedkd.ignored import ignored
 from fedkd.results import Run
 from sims import cli, launch
 
+pytestmark = pytest.mark.slow
+
 RunInline = Callable[..., Run]
 
 MISTAKES: list[tuple[list[str], str]] = [

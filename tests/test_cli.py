@@ -78,6 +78,7 @@ def test_run_digest_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compare_goes_on_where_it_was_stopped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_compare_goes_on_where_it_was_stopped(
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_at_once_in_one_folder_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

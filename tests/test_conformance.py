@@ -36,6 +36,7 @@ Keys = dict[str, Scalar]
 # 1. A history is a function of (configuration, seed).
 
 
+@pytest.mark.slow
 @by_case
 def test_the_same_run_twice_has_one_digest(run_inline: RunInline, method: str, variant: Keys) -> None:
     """The global generators of Python, NumPy and PyTorch must not matter, nor what ran before in the process."""
@@ -73,6 +74,7 @@ def test_another_process_gives_the_same_digests(run_inline: RunInline, tmp_path:
     assert digests == [run_inline(method, **variant).digest() for method, variant in cases()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [2, 3])
 @by_case
 def test_the_number_of_nodes_does_not_matter(run_inline: RunInline, method: str, variant: Keys, nodes: int) -> None:
@@ -80,6 +82,7 @@ def test_the_number_of_nodes_does_not_matter(run_inline: RunInline, method: str,
     assert run_inline(method, nodes=nodes, **variant).digest() == run_inline(method, **variant).digest()
 
 
+@pytest.mark.slow
 @by_case
 def test_another_seed_gives_another_run(run_inline: RunInline, method: str, variant: Keys) -> None:
     """A seed that is not read would make every repetition of an experiment the same."""
@@ -156,6 +159,7 @@ def cases_of(method: str) -> list[Keys]:
     return [variant for name, variant in cases() if name == method]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "variant", "field"), fields(), ids=case_id)
 def test_every_hyper_parameter_changes_the_result(
     run_inline: RunInline, method: str, variant: Keys, field: str
@@ -172,6 +176,7 @@ def test_every_hyper_parameter_changes_the_result(
     assert any(digest != before for digest in changed), f"{key(method, field)} changes nothing"
 
 
+@pytest.mark.slow
 @by_case
 def test_hyper_parameters_of_another_variant_change_nothing(run_inline: RunInline, method: str, variant: Keys) -> None:
     """What a contract marks as another variant's is not read by this one, so variants are never blended."""
@@ -318,6 +323,7 @@ def check_complete(run: Run) -> None:
     assert run.finished
 
 
+@pytest.mark.slow
 @by_case
 def test_survives_clients_with_one_class(run_inline: RunInline, method: str, variant: Keys) -> None:
     """With one class per client every local gradient pulls to one label, and most class counts are zero."""
@@ -329,6 +335,7 @@ def test_survives_clients_with_one_class(run_inline: RunInline, method: str, var
     assert (held.sum(axis=1) == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_batch", ["keep", "drop"])
 @by_case
 def test_survives_clients_smaller_than_a_batch(
@@ -345,6 +352,7 @@ def test_survives_clients_smaller_than_a_batch(
     assert (small["loss_weight"] == 2 * (small["examples"] - held_out)).all()
 
 
+@pytest.mark.slow
 @by_case
 def test_survives_absent_classes(run_inline: RunInline, method: str, variant: Keys, idx_root: str) -> None:
     """Under the own-label protocol a client is scored on the labels it owns, and some it has never seen."""
@@ -368,6 +376,7 @@ def test_scores_clients_that_were_never_sampled(run_inline: RunInline, method: s
     assert len(run.frame("evaluations")) == 6
 
 
+@pytest.mark.slow
 @by_case
 def test_zero_per_round_means_all(run_inline: RunInline, method: str, variant: Keys) -> None:
     """Full participation crashed the released FedGen."""
@@ -376,12 +385,14 @@ def test_zero_per_round_means_all(run_inline: RunInline, method: str, variant: K
     assert run.rows("rounds")[0]["clients"] == list(range(6))
 
 
+@pytest.mark.slow
 @by_case
 def test_survives_a_single_client(run_inline: RunInline, method: str, variant: Keys) -> None:
     """One client in all is the smallest federation there is."""
     check_complete(run_inline(method, **variant, **{"run.clients": 1, "run.clients-per-round": 1, "run.rounds": 1}))
 
 
+@pytest.mark.slow
 @by_case
 def test_survives_clients_without_test_examples(run_inline: RunInline, method: str, variant: Keys) -> None:
     """A client with one example trains on it and is scored on none; it must not break a mean."""
@@ -407,6 +418,7 @@ def test_one_row_per_client_and_sums_that_add_up(run_inline: RunInline, method: 
     assert (run.frame("clients")["loss_weight"] == 4 * 16).all()
 
 
+@pytest.mark.slow
 @by_case
 def test_skipped_evaluations_leave_the_training_alone(run_inline: RunInline, method: str, variant: Keys) -> None:
     """Scoring reads and never writes: evaluating less often gives the same training and the same last scores."""

@@ -43,6 +43,8 @@ from strategies.app import app as server_app
 from strategies.base import RoundError
 from strategies.devices import RefusalError, judge
 
+pytestmark = pytest.mark.slow
+
 TWO = {"run.clients": 4, "run.clients-per-round": 2, "data.alpha": 0.5}
 """Four clients, for two nodes."""
 

@@ -362,6 +362,7 @@ def test_feddistill_without_its_term_is_local(run_inline: RunInline, variant: st
     assert silent.rows("evaluations") == run_inline("local").rows("evaluations")
 
 
+@pytest.mark.slow
 @DISTILL_VARIANTS
 @pytest.mark.parametrize("keys", [{}, NORMED, AVERAGED], ids=str)
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])

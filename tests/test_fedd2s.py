@@ -60,6 +60,7 @@ def fresh(node: Any) -> Setup:
 # Limit cases.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "fedgen_cnn"])
 @pytest.mark.parametrize("keys", READINGS, ids=reading_id)
 def test_without_its_terms_it_is_local(run_inline: RunInline, keys: Keys, model: str) -> None:
@@ -302,6 +303,7 @@ def check_knowledge(state: server.State) -> None:
     assert not state.knowledge[~owned].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("keys", READINGS, ids=reading_id)
 def test_knowledge_is_soft_labels_of_classes_that_somebody_owns(worker: MakeWorker, keys: Keys, norm: str) -> None:
@@ -485,6 +487,7 @@ def test_clients_may_have_different_models(run_inline: RunInline, tmp_path: Any)
         assert [r for r in mixed if r["client"] % 2 == offset] == [r for r in same if r["client"] % 2 == offset]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_different_models_learn_from_each_other(run_inline: RunInline, head: str) -> None:
     """K has no trace of a model; the number of nodes does not matter, and a shallow model waits for a deep one."""

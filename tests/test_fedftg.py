@@ -434,6 +434,7 @@ def parameters(run: Run, name: str = "parameters") -> torch.Tensor:
     return load_file(run.folder / "final.safetensors")[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("base", BASES)
 def test_without_fine_tuning_it_is_the_base_method(run_inline: RunInline, base: str, variant: str) -> None:

@@ -41,6 +41,8 @@ from plots.samples import fedftg_images, fedgen_latent
 from plots.significance import claims, differences, holm, ranks
 from plots.sweep import heatmap
 
+pytestmark = pytest.mark.slow
+
 PICTURES = Path(__file__).parent / "fixtures" / "figures"
 COARSENESS, TOLERANCE = 5, 1.5
 """Pixels of a figure at 100 dpi, along a side, that are averaged to one of its picture, and the root of the mean square

@@ -71,6 +71,7 @@ def moved(record: Any, seed: int = 0) -> Any:
 # Limit cases.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", ["fedper", "lg_fedavg", "fedrep", "fedbabu"])
 def test_with_nothing_personal_it_is_fedavg(run_inline: RunInline, method: str, model: str) -> None:
@@ -93,6 +94,7 @@ def test_with_everything_personal_it_is_local(run_inline: RunInline, method: str
     assert scores(run, "personal") == scores(run_inline("local", **MODELS[model]), "personal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_lg_fedavg_is_fedper_with_the_parts_exchanged(
     run_inline: RunInline, monkeypatch: pytest.MonkeyPatch, model: str
@@ -104,6 +106,7 @@ def test_lg_fedavg_is_fedper_with_the_parts_exchanged(
     assert run_inline("fedper", again=True, **MODELS[model]).digest() == lg.digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_fedrep_without_head_steps_has_fedbabus_body(run_inline: RunInline, model: str) -> None:
     """Heads that are never trained are all the common initial one, against which FedBABU trains its body."""

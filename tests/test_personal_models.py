@@ -217,6 +217,7 @@ def test_pfedmes_steps_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     near(outcome.update.tensors()["parameters"], w)
 
 
+@pytest.mark.slow
 def test_pfedmes_outer_step_is_the_envelopes_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """With an inner problem solved to the end, lambda (w - theta) is the gradient of the Moreau envelope."""
     lam, lr, step = 4.0, 1e-3, 1e-4
@@ -276,6 +277,7 @@ def test_pfedme_without_a_pull_or_without_a_server_step_leaves_the_global_model(
 VARIANTS = pytest.mark.parametrize("variant", ["first-order", "hessian-free", "hessian"])
 
 
+@pytest.mark.slow
 @EVERY_SETTING
 @VARIANTS
 def test_per_fedavg_without_its_step_is_fedavg(run_inline: RunInline, keys: dict[str, Scalar], variant: str) -> None:

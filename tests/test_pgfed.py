@@ -98,6 +98,7 @@ def federation(**flat: Scalar) -> Federation:
 # Limit cases.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flat",
     [

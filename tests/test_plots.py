@@ -466,6 +466,7 @@ class TestStyle:
         assert style.line("somebody's") == style.line("somebody's")
         assert style.line("somebody's") != style.line("somebody's", 1)
 
+    @pytest.mark.slow
     def test_files_are_the_same_bytes_in_another_process(self, runs: list[Run], tmp_path: Path) -> None:
         files = [
             *style.save(convergence(runs), tmp_path / "new" / "alpha-0.1"),

@@ -19,6 +19,8 @@ from fedkd.results import Run
 from plots.report import collect, report
 from plots.significance import claims
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'"
 METHODS = ("local", "fedavg", "fedavg_ft", "fedgen", "pgfed")
 

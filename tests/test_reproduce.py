@@ -19,6 +19,8 @@ from fedkd.errors import UserError
 from sims import cli, inline, launch, reproduce
 from sims.reproduce import SCALES, Experiment
 
+pytestmark = pytest.mark.slow
+
 PAPERS = sorted(path.parent for path in reproduce.HOME.glob("*/experiment.toml"))
 TABLES = reproduce.experiments()
 TABLE_KEYS = {"title", "published-table", "published-column", "metric", "best-rounds", "against", "log", "like"}

@@ -26,6 +26,8 @@ from sims import inline
 from sims.progress import Watched
 from sims.watchdog import HOME, processes_of
 
+pytestmark = pytest.mark.slow
+
 RunInline = Callable[..., Run]
 Keys = dict[str, Scalar]
 SHORT: Keys = {"run.rounds": 4, "run.checkpoint-every": 2, "run.clients-per-round": 5}
