@@ -99,6 +99,20 @@ def test_a_method_has_one_name_everywhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names())
+def test_a_page_names_what_crosses_the_network_and_every_setting(name: str) -> None:
+    """A field that is not FedAvg's, and a key, which nobody has described, is one that nobody can judge."""
+    page, method = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8"), load(name)
+    keys = {key.replace("_", "-") for key in method.hyper.model_fields}
+    records = [method.Broadcast, method.Update, method.Personal, method.Scoring]
+    fields = {field for record in records if record for field in record.specs()}
+    if "as `fedavg`" in page or "base method sends" in page:
+        fields -= {*load("fedavg").Broadcast.specs(), *load("fedavg").Update.specs()}
+    missing = sorted(word for word in keys | fields if not any(f"`{head}{word}`" in page for head in ("", f"{name}.")))
+    assert not missing, f"docs/methods/{name}.md does not say what {', '.join(missing)} is"
+    assert all(word in page.lower() for word in ("stays", "cost per round", "how it was checked"))
+
+
+@pytest.mark.parametrize("name", names())
 def test_a_contract_names_the_variants_that_it_takes(name: str) -> None:
     """``variants`` and the choices of the field ``variant`` are the same list."""
     field = load(name).hyper.model_fields.get("variant")

@@ -674,7 +674,7 @@ def base(tmp_path: Path) -> Iterator[Path]:
     assert not mine(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.field
 def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
     """TLS, keys, a process for each device with the data of its own clients: the same digests.
 
@@ -713,7 +713,7 @@ def wait_for(holds: Callable[[], bool], seconds: float, lab: Lab) -> None:
         time.sleep(0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.field
 def test_a_device_dies_and_comes_back(base: Path) -> None:
     """Killed in mid-run, it is dropped with a reason; started again, it takes part again."""
     keys = DEPLOYED | {"run.clients": 2, "run.clients-per-round": 0, "run.rounds": 40, "run.eval-every": 40}
@@ -744,7 +744,7 @@ def test_a_device_dies_and_comes_back(base: Path) -> None:
         assert "round 1/40" in said
 
 
-@pytest.mark.slow
+@pytest.mark.field
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root")
 @pytest.mark.skipif(shutil.which("ip") is None, reason="network namespaces need iproute2")
 def test_devices_in_networks_of_their_own(base: Path) -> None:

@@ -419,7 +419,7 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.field
 def test_killed_at_random_moments_and_in_the_middle_of_writing(tmp_path: Path) -> None:
     """`fedkd run` and `fedkd resume`, 27 times, of methods, at moments and at steps that are drawn from a seed."""
     command = [sys.executable, str(BASE / "tests" / "kill_runs.py"), str(tmp_path), "1", "27"]
@@ -433,7 +433,7 @@ VICTIMS = {"the command": "", "the ServerApp": "flwr-simulation", "a Ray worker"
 """Whom to kill, and a word of its command line."""
 
 
-@pytest.mark.slow
+@pytest.mark.field
 def test_killed_in_simulation(run_inline: RunInline, tmp_path: Path) -> None:
     """One process after the other; each time nothing of Flower and Ray remains, and the run goes on."""
     keys: Keys = {"run.rounds": 60, "run.checkpoint-every": 3}
@@ -464,7 +464,7 @@ def test_killed_in_simulation(run_inline: RunInline, tmp_path: Path) -> None:
     assert run.digest() == run_inline("apfl", **keys).digest()
 
 
-@pytest.mark.slow
+@pytest.mark.field
 def test_the_workers_of_a_comparison_die_with_it(tmp_path: Path) -> None:
     """They would hold the locks of their runs, and wait for work that never comes."""
     words = ["compare", "fedavg", "--rounds", "100000", "--seeds", "1,2", "--jobs", "2", "--out", str(tmp_path)]
