@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 
-.PHONY: run test test-fast check format bench config clean
+.PHONY: docs run test test-fast check format bench config clean
 
 run: .venv/installed
 	$(BIN)/fedkd compare fedavg fedavg_ft fedgen --engine simulation --rounds 30 --seeds 1,2,3 --out runs/digits
@@ -18,6 +18,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W error::DeprecationWarning -m mkdocs build --strict --quiet
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .
@@ -42,4 +45,8 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv/installed-docs: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from flwr.clientapp import ClientApp
 
 from clients.training import Job, Models, Predictor
 from fedkd import __version__, protocol
+from fedkd.clipping import clipped
 from fedkd.config import Config
 from fedkd.data import Shard, federate
 from fedkd.data.devices import Description, NodeKeys, Place, hosted, own_keys
@@ -44,8 +44,8 @@ _log = logging.getLogger("flwr")  # what a SuperNode shows
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say which clients this node hosts and what data they have, or why it does not take part."""
-    question = protocol.Question.read(message)
     try:
+        question = protocol.Question.read(message)
         content = protocol.answer("" if question.refused else _describe(question, context).json())
         refused = question.refused
     except Exception as error:  # whatever it is, both sides have to hear of it
@@ -62,7 +62,7 @@ def _describe(question: protocol.Question, context: Context) -> Description:
     for method in question.methods:
         load(method)
         importlib.import_module(f"clients.{method}")
-    config = Config.from_flat(json.loads(question.config))
+    config = Config.read(question.config)
     place = Place.of(config, own_keys(context.node_config))
     if place is None:
         raise UserError("this node is simulated and has no data of its own")
@@ -84,6 +84,7 @@ def train(message: Message, context: Context) -> Message:
             job = worker.job(order.round, client, personal.get(client))
             update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
             update.check(worker.setup.sizes, "the client")
+            update = clipped(update, broadcast, worker.config.privacy.clip_norm) if worker.config.privacy.on else update
             if new_state is not None:
                 new_state.check(worker.setup.of(client).sizes, "the client")
                 worker.store.save(new_state, client, order.round)
@@ -200,7 +201,8 @@ def _worker_of(order: protocol.Order, context: Context) -> Worker:
     """
     try:
         worker = _worker(order.config, context.run_id, own_keys(context.node_config), order.run)
-        if worker.place and (strange := sorted(set(order.clients) - set(worker.place.clients))):
+        here = worker.place.clients if worker.place else range(worker.config.run.clients)
+        if strange := sorted(set(order.clients) - set(here)):
             raise UserError(f"client {strange[0]} is not hosted here")
         return worker
     except UserError as error:
@@ -220,5 +222,5 @@ def _worker(config: str, run_id: int, node: NodeKeys | None, run: str) -> Worker
     single_thread()
     gc.collect()
     gc.freeze()  # what is loaded by now stays, so the collector need not walk it again in every round
-    read = Config.from_flat(json.loads(config))
+    read = Config.read(config)
     return Worker(read, run_id, Place.of(read, node), run)

@@ -195,6 +195,49 @@ class TrainSection(Section):
     )
 
 
+class AggregationSection(Section):
+    """How the clients' models become one, for methods whose server averages models (docs/robustness.md)."""
+
+    rule: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum"] = Field(
+        "mean", description="how the clients' models become one; all but mean withstand some hostile clients"
+    )
+    trim: float = Field(
+        0.2, ge=0, lt=0.5, description="trimmed-mean: share of the clients cut off at each end, rounded down"
+    )
+    byzantine: int = Field(1, ge=0, description="krum, multi-krum: number of clients of a round taken to be hostile")
+    clip_norm: float = Field(
+        0.0, ge=0, description="largest L2 norm of a client's change of the model, scaled down by the server; 0: any"
+    )
+
+
+class PrivacySection(Section):
+    """Client-level differential privacy of the averaged model (docs/robustness.md)."""
+
+    noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        description="deviation of the noise on the sum of the clients' changes, in units of clip-norm; 0: off",
+    )
+    clip_norm: float = Field(
+        0.0, ge=0, description="largest L2 norm of a client's change of the model, scaled down by the client; 0: any"
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="delta at which epsilon is stated")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.noise_multiplier and not self.clip_norm:
+            raise ValueError(
+                f"privacy.noise-multiplier = {self.noise_multiplier} needs privacy.clip-norm, the largest norm of a "
+                "client's change; set it above 0"
+            )
+        return self
+
+    @property
+    def on(self) -> bool:
+        """Whether clients clip what they send."""
+        return self.clip_norm > 0
+
+
 class Config(BaseModel):
     """A whole configuration: the common sections and the section of the method that runs."""
 
@@ -204,6 +247,8 @@ class Config(BaseModel):
     data: DataSection
     model: ModelSection
     train: TrainSection
+    aggregation: AggregationSection
+    privacy: PrivacySection
     hyper: HyperParameters
 
     @classmethod
@@ -225,7 +270,8 @@ class Config(BaseModel):
             if key not in known:
                 raise UserError(f"unknown key '{key}'{nearest(key, known)} (`fedkd show --keys` lists all)")
             if isinstance(value, int) and abs(value) >= 2**63:
-                raise UserError(f"{key} = {value}: a whole number has to fit into 64 bits")
+                shown = value if value.bit_length() < 256 else "..."  # thousands of digits are no text for anybody
+                raise UserError(f"{key} = {shown}: a whole number has to fit into 64 bits")
             section, name = key.split(".", 1)
             sections.setdefault(section, {})[name] = value
         for key, value in {**LEFT_TO_METHODS, **method.defaults}.items():
@@ -240,6 +286,21 @@ class Config(BaseModel):
             except ValidationError as error:
                 raise UserError(_first_line(section, error)) from None
         return cls(hyper=parsed[method.name], **{section: parsed[section] for section in _COMMON})
+
+    @classmethod
+    def read(cls, text: str) -> Config:
+        """Read the JSON of flat keys in which a configuration travels.
+
+        Raises:
+            UserError: it is none, or as :meth:`from_flat`.
+        """
+        try:
+            flat = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the settings cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+        if not isinstance(flat, dict):
+            raise UserError("the settings cannot be read: they are no keys with values")
+        return cls.from_flat(flat)
 
     def flat(self) -> dict[str, Scalar]:
         """Return every setting that matters to this run as ``section.key`` scalars."""
@@ -272,6 +333,8 @@ _COMMON: dict[str, type[Section]] = {
     "data": DataSection,
     "model": ModelSection,
     "train": TrainSection,
+    "aggregation": AggregationSection,
+    "privacy": PrivacySection,
 }
 
 
@@ -319,7 +382,7 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
     try:
         parsed = tomllib.loads(f"value = {raw.strip()}")
         value = parsed["value"] if len(parsed) == 1 else raw.strip()  # more than one: a line break in the word
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or nothing that it could be meant for
         value = raw.strip()
     if not isinstance(value, (str, int, float, bool)):
         raise UserError(f"'{key.strip()}' takes one scalar value, not {raw.strip()}")
@@ -335,7 +398,7 @@ def read_toml(path: Path) -> dict[str, Scalar]:
     try:
         tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as settings: {error}") from error
 
 

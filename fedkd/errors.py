@@ -10,8 +10,13 @@ class UserError(Exception):
     """Something the user can mend: an unknown name, a value out of range, data that cannot be read.
 
     The message names the rule, the value, whose it is and the likely fix.  The command line prints it as one line
-    and exits with code 2; nothing has been started by then.
+    and exits with code 2; nothing has been started by then.  What cannot be printed in it, which is then the user's own
+    word, is written as its escape, so that one line it stays.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

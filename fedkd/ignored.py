@@ -19,6 +19,9 @@ _COMMON: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "data.test-fraction": ("data.test", lambda c: c.data.test == "pooled"),
     "model.hidden": ("model.name", lambda c: bool({c.model.name, *c.model.assigned} & {"auto", "mlp"})),
     "train.local-epochs": ("train.local-steps", lambda c: c.train.local_steps == 0),
+    "aggregation.trim": ("aggregation.rule", lambda c: c.aggregation.rule == "trimmed-mean"),
+    "aggregation.byzantine": ("aggregation.rule", lambda c: c.aggregation.rule in ("krum", "multi-krum")),
+    "privacy.delta": ("privacy.noise-multiplier", lambda c: c.privacy.noise_multiplier > 0),
     "train.lr-decay-from": ("train.lr-decay", lambda c: c.train.lr_decay < 1),
 }
 """Key to the key that decides whether it is read, and whether it is."""
@@ -53,7 +56,12 @@ def _needs(config: Config, flat: Mapping[str, Scalar], key: str) -> dict[str, Ca
     keys = {
         o if "." in o else f"{section}.{o.replace('_', '-')}": wanted for o, wanted in extra.get("only", {}).items()
     }
-    return {other: partial(_holds, flat[other], wanted) for other, wanted in keys.items()}
+    needs: dict[str, Callable[[Config], bool]] = {o: partial(_holds, flat[o], wanted) for o, wanted in keys.items()}
+    return needs | {"aggregation.rule": _weighs} if name == "weighting" else needs
+
+
+def _weighs(config: Config) -> bool:
+    return config.aggregation.rule in ("mean", "multi-krum")
 
 
 def _holds(value: Scalar, wanted: Scalar, _: Config) -> bool:

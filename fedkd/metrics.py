@@ -140,6 +140,8 @@ def summarize(run: Run, targets: Sequence[float] = ()) -> dict[str, Any]:
             "rounds": int(rounds["dropped"].notna().sum()),
             "clients": sorted({client for each in gone for client in each["clients"]}),
         }
+    if "epsilon" in rounds:
+        out["privacy"] = {"epsilon": float(rounds["epsilon"].iloc[-1]), "delta": run.config.privacy.delta}
     evaluations = run.evaluations
     if evaluations.empty:
         return out

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord
+from flwr.common.constant import SType
 
 Sizes = Mapping[str, int]
 """Values of the symbolic dimensions, e.g. ``{"parameters": 26434, "statistics": 0, "classes": 10}``."""
@@ -32,15 +35,32 @@ class PayloadError(ValueError):
     """A record does not have the declared fields, shapes, dtypes or finite values; the message says which and whose."""
 
 
+MOST = 2**31 - 1
+"""The largest whole number in a record, so that no sum or product of theirs overflows 64 bits."""
+
+
 @dataclass(frozen=True)
 class Spec:
-    """Declared shape and dtype of a field: dimensions are numbers or names that :data:`Sizes` resolves."""
+    """Declared shape, dtype and range of a field: dimensions are numbers or names that :data:`Sizes` resolves.
+
+    Args:
+        shape: the dimensions.
+        dtype: of the values.
+        least: the smallest whole number that is allowed.
+        below: name of a dimension, for whole numbers that count its places from 0.
+    """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    least: int = 0
+    below: str = ""
 
     def resolve(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(d if isinstance(d, int) else sizes[d] for d in self.shape)
+
+    def range(self, sizes: Sizes) -> tuple[int, int]:
+        """Return the smallest and the largest whole number that are allowed."""
+        return self.least, sizes[self.below] - 1 if self.below else MOST
 
 
 ParameterVector = Annotated[torch.Tensor, Spec(("parameters",), torch.float32)]
@@ -54,7 +74,11 @@ ClassCounts = Annotated[torch.Tensor, Spec(("classes",), torch.int64)]
 ClassProbabilities = Annotated[torch.Tensor, Spec(("classes",), torch.float32)]
 """A distribution over the classes."""
 Count = Annotated[torch.Tensor, Spec((), torch.int64)]
-"""One integer."""
+"""One whole number, not below zero."""
+Examples = Annotated[torch.Tensor, Spec((), torch.int64, least=1)]
+"""Number of examples that a client trained on; there is one at least, and averages may divide by it."""
+Client = Annotated[torch.Tensor, Spec((), torch.int64, below="clients")]
+"""Number of the client whose record it is; the server refuses another client's."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,12 @@ class Record:
                     f"{type(self).__name__}.{name} of {owner} has a value that is not finite: the client diverged; "
                     "a smaller train.lr is the usual cure"
                 )
+            if spec.dtype == torch.int64 and value.numel():
+                least, most = spec.range(sizes)
+                if int(value.min()) < least or int(value.max()) > most:
+                    raise PayloadError(
+                        f"{type(self).__name__}.{name} of {owner} has a number outside {least} to {most}"
+                    )
         return self
 
 
@@ -131,7 +161,7 @@ def unpack(kind: type[R], arrays: ArrayRecord, sizes: Sizes, owners: Sequence[st
     columns = {}
     for name in kind.specs():
         try:
-            column = torch.from_numpy(np.array(arrays[name].numpy()))
+            column = torch.from_numpy(_decoded(arrays[name]))
         except Exception as error:
             raise PayloadError(
                 f"{kind.__name__}.{name} from {', '.join(owners)} is no array: {type(error).__name__}: {error}"
@@ -145,6 +175,24 @@ def unpack(kind: type[R], arrays: ArrayRecord, sizes: Sizes, owners: Sequence[st
         kind(**{name: column[row] for name, column in columns.items()}).check(sizes, owner)
         for row, owner in enumerate(owners)
     ]
+
+
+def _decoded(array: Array) -> npt.NDArray[Any]:
+    """Return the values of an array that came from elsewhere; what its header claims takes no memory before it is true.
+
+    Raises:
+        ValueError: it is not NumPy's format, has bytes too many or too few, or holds objects, which could run code.
+    """
+    if array.stype != SType.NUMPY:
+        raise ValueError(f"serialized as '{array.stype}'")
+    buffer = io.BytesIO(array.data)
+    if np.lib.format.read_magic(buffer) != (1, 0):
+        raise ValueError("not version 1.0 of NumPy's format")
+    shape, columns_first, dtype = np.lib.format.read_array_header_1_0(buffer)
+    values = buffer.read()
+    if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(values):
+        raise ValueError(f"{len(values)} bytes are no {dtype} of shape {shape}")
+    return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C").copy()
 
 
 def wire_bytes(record: Record) -> int:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from fedkd.payload import PayloadError
+from fedkd.payload import MOST, PayloadError
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,38 @@ def order(
 
 
 def read_order(message: Message) -> Order:
-    """Read an order."""
-    record = message.content.config_records["order"]
-    run = cast(str, record["run"])
-    return Order(cast(str, record["config"]), cast(int, record["round"]), cast(list[int], record["clients"]), run)
+    """Read an order.
+
+    Raises:
+        PayloadError: it is none, or names no clients, a client twice, or no round.
+    """
+    record = _said(message, "order")
+    values = [record.get(key) for key in ("config", "round", "clients", "run")]
+    config, round, clients, run = values
+    if [type(value) for value in values] != [str, int, list, str]:
+        raise PayloadError("the order cannot be read: it takes config, round, clients and run")
+    order = Order(cast(str, config), cast(int, round), cast(list[int], clients), cast(str, run))
+    named = {client for client in order.clients if type(client) is int and client >= 0}
+    if not named or len(named) < len(order.clients) or not 1 <= order.round <= MOST:
+        raise PayloadError(f"the order for round {order.round} is for clients {order.clients[:8]}")
+    return order
+
+
+def _said(message: Message, name: str) -> ConfigRecord:
+    """Return what a message says under a name; nothing, where it says nothing."""
+    return message.content.config_records.get(name, ConfigRecord())
+
+
+def read_json(text: object, what: str) -> Any:
+    """Read JSON that came over the network.
+
+    Raises:
+        PayloadError: it is none.
+    """
+    try:
+        return json.loads(cast(str, text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PayloadError(f"{what} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def reply(rows: Sequence[Row], updates: ArrayRecord | None = None) -> RecordDict:
@@ -67,17 +95,45 @@ def reply(rows: Sequence[Row], updates: ArrayRecord | None = None) -> RecordDict
     return content
 
 
-def read_rows(message: Message) -> list[Row]:
+_NEEDED = {MessageType.TRAIN: ("loss_sum", "loss_weight"), MessageType.EVALUATE: ("total",)}
+"""What the server reads of a row, by what was asked for."""
+_SERVERS = {"round", "bytes_down", "bytes_up"}
+"""What the server adds to a row, so that no client may."""
+
+
+def read_rows(message: Message, exchange: str = "") -> list[Row]:
     """Read the rows of a reply.
 
+    Args:
+        message: the reply.
+        exchange: what was asked for, whose numbers have to be there.
+
     Raises:
-        PayloadError: there are none, or they are not JSON objects with a client each.
+        PayloadError: there are none, or they are not JSON objects of numbers with a client each.
     """
-    try:
-        rows = json.loads(cast(str, message.content.config_records["reply"]["rows"]))
-        return [{**row, "client": int(row["client"])} for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise PayloadError(f"the rows of a reply cannot be read: {type(error).__name__}: {error}") from error
+    rows = read_json(_said(message, "reply").get("rows"), "the rows of a reply")
+    if not isinstance(rows, list):
+        raise PayloadError("the rows of a reply cannot be read: they are no list")
+    for row in rows:
+        _check_row(row, exchange)
+    return cast(list[Row], rows)
+
+
+def _check_row(row: Any, exchange: str) -> None:
+    """Check that a row is numbers by name, its scores possible, and nothing in it the server's to say."""
+    if not isinstance(row, dict) or not all(name.isidentifier() and name.isascii() for name in row):
+        raise PayloadError("the rows of a reply cannot be read: one is no JSON object of numbers by name")
+    whole = {"client", "examples", "total", *(name for name in row if name.endswith("_correct"))}
+    for name, value in row.items():
+        number = type(value) is int or (type(value) is float and name not in whole)
+        if not number or (abs(value) > MOST and type(value) is int) or (name in whole and value < 0):
+            raise PayloadError(f"the rows of a reply cannot be read: {name} = {str(value)[:40]}")
+    if missing := [name for name in ("client", *_NEEDED.get(exchange, ())) if name not in row]:
+        raise PayloadError(f"the rows of a reply cannot be read: no {', '.join(missing)}")
+    if strange := sorted(_SERVERS & row.keys()):
+        raise PayloadError(f"the rows of a reply cannot be read: {strange[0]} is the server's to say")
+    if "total" in row and any(row[name] > row["total"] for name in whole if name.endswith("_correct")):
+        raise PayloadError("the rows of a reply cannot be read: more are correct than there are")
 
 
 def arrays(message: Message, name: str) -> ArrayRecord:
@@ -106,8 +162,17 @@ class Question:
 
     @classmethod
     def read(cls, message: Message) -> Question:
-        """Read a question."""
-        read = json.loads(cast(str, message.content.config_records["question"]["json"]))
+        """Read a question.
+
+        Raises:
+            PayloadError: it is none.
+        """
+        read = read_json(_said(message, "question").get("json"), "the question")
+        names = [field.name for field in fields(cls)]
+        if not isinstance(read, dict) or sorted(read) != sorted(names) or not isinstance(read["methods"], list):
+            raise PayloadError(f"the question cannot be read: it takes {', '.join(names)}")
+        if not all(isinstance(text, str) for text in (*read["methods"], *(read[n] for n in names if n != "methods"))):
+            raise PayloadError("the question cannot be read: something in it is no text")
         return cls(**{**read, "methods": tuple(read["methods"])})
 
 
@@ -122,8 +187,8 @@ def read_answer(message: Message) -> tuple[str, str]:
     Raises:
         PayloadError: it is none.
     """
-    try:
-        record = message.content.config_records["answer"]
-        return str(record["description"]), str(record["refused"])
-    except KeyError as error:
-        raise PayloadError(f"the answer of a node cannot be read: no {error}") from error
+    record = _said(message, "answer")
+    description, refused = record.get("description"), record.get("refused")
+    if not isinstance(description, str) or not isinstance(refused, str):
+        raise PayloadError("the answer of a node cannot be read: it takes description and refused")
+    return description, refused

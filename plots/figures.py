@@ -54,6 +54,7 @@ FIGURES = {
     "differences": Kind("significance", "differences", "paired differences from a control, with tests"),
     "ranks": Kind("significance", "ranks", "mean ranks, critical difference"),
     "heatmap": Kind("sweep", "heatmap", "accuracy over two settings"),
+    "setting": Kind("sweep", "setting", "accuracy over one setting"),
     "apfl-alpha": Kind("mechanisms", "apfl_alpha", "APFL's weight per client"),
     "pgfed-alpha": Kind("mechanisms", "pgfed_alpha", "PGFed's matrix of weights"),
     "fedd2s-drops": Kind("mechanisms", "fedd2s_drops", "FedD2S's drop schedule"),

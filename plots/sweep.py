@@ -1,4 +1,4 @@
-"""Accuracy over two settings."""
+"""Accuracy over one setting or two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from fedkd.errors import UserError
 from fedkd.results import Run
 from plots import style
-from plots.tables import describe_seeds, over_seeds, settings, varied
+from plots.tables import describe, describe_seeds, groups, over_seeds, settings, varied
 
 _TEXT_UP_TO = 12
 """Up to this number of columns the cells have their numbers written in them."""
@@ -37,6 +37,8 @@ def heatmap(runs: Sequence[Run]) -> style.CaptionedFigure:
         raise UserError(
             f"heatmap is drawn over two settings in which the runs differ, and these differ in: {found or 'none'}"
         )
+    if lacking := [run.folder for run in runs if not keys.keys() <= settings(run).keys()]:
+        raise UserError(f"heatmap is drawn over {' and '.join(keys)}, and {lacking[0]} does not have both")
     (across, columns), (down, rows) = sorted(keys.items(), key=lambda item: (item[0] == "run.method", -len(item[1])))
     cells: dict[tuple[int, int], list[float]] = {}
     for run in runs:
@@ -84,6 +86,63 @@ def heatmap(runs: Sequence[Run]) -> style.CaptionedFigure:
         + (f"White: {missing} combinations that were not run. " if missing else "")
         + ("" if text else "Deviations are in the table beside this figure. ")
     ).strip()
+    return figure
+
+
+@style.styled()
+def setting(runs: Sequence[Run]) -> style.CaptionedFigure:
+    """Draw the accuracy at the last evaluation over the one key in which the runs of a method differ, a line a method.
+
+    A method without that key is a level line.
+
+    Args:
+        runs: runs that differ in one setting beside the method and their seeds.
+
+    Returns:
+        a figure as wide as one column.
+
+    Raises:
+        UserError: the runs differ in no setting or in several, or one has no evaluation.
+    """
+    found = groups(runs)
+    keys = {key: values for key, values in varied(runs).items() if key != "run.method"}
+    if len(keys) != 1:
+        several = ", ".join(keys) or "none"
+        raise UserError(f"setting is drawn over one setting in which the runs differ, and these differ in: {several}")
+    [(key, values)] = keys.items()
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    places = np.array(values if numbers else range(len(values)), dtype=float)
+    figure = style.new_figure(style.SINGLE, 2.25)
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(group.method for group in found):
+        at = {settings(group.runs[0]).get(key): group for group in found if group.method == method}
+        if level := None in at:
+            at = dict.fromkeys(values, at[None])
+        here = [index for index, value in enumerate(values) if value in at]
+        seeds = [[100 * run.summary()["last"] for run in at[values[index]].runs] for index in here]
+        look = style.line(method) | ({"marker": ""} if level else {})
+        mean, deviation = np.transpose([over_seeds(each) for each in seeds])
+        axes.plot(places[here], mean, label=method, **look)
+        axes.fill_between(
+            places[here], mean - deviation, mean + deviation, color=look["color"], alpha=0.18, linewidth=0
+        )
+        counts = [len(each) for each in seeds]
+        figure.note("setting", method, x=[_written(values[i]) for i in here], y=mean, deviation=deviation, seeds=counts)
+    if numbers and places.min() > 0 and places.max() >= 8 * places.min():
+        axes.set_xscale("log")
+    axes.minorticks_off()
+    written = [_written(value) for value in values]
+    long = sum(map(len, written)) > 40
+    axes.set_xticks(places, written, rotation=30 if long else 0, ha="right" if long else "center")
+    style.percent(axes)
+    axes.set_xlabel(key)
+    axes.set_ylabel("accuracy (%)")
+    style.legend(figure, *axes.get_legend_handles_labels())
+    figure.caption = (
+        f"Accuracy of the clients, weighted equally, at the last evaluation, over {key}: mean over seeds, with a band "
+        f"of one sample standard deviation where there are several "
+        f"({describe_seeds({group.label: len(group.runs) for group in found})}); {describe(runs)}."
+    )
     return figure
 
 

@@ -14,7 +14,7 @@ from fedkd.metrics import Floats, by_round, hurt
 from fedkd.results import Run, spread
 
 # What may differ between two runs of one setting.  Seeds make repetitions; the others do not change a round.
-_NOT_SETTINGS = {"run.seed", "data.seed", "run.dir", "run.device", "run.rounds", "run.eval-every", "data.root"}
+NOT_SETTINGS = {"run.seed", "data.seed", "run.dir", "run.device", "run.rounds", "run.eval-every", "data.root"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
                 f"{run.folder} holds no evaluation (the run stopped before its first); leave it out or run it again"
             )
         method = run.config.run.method
-        mine = {key: value for key, value in run.config.flat().items() if key not in _NOT_SETTINGS}
+        mine = {key: value for key, value in run.config.flat().items() if key not in NOT_SETTINGS}
         known = settings.setdefault(method, [])
         for other, members in known:
             if other == mine:
@@ -82,7 +82,7 @@ def _check_repetitions(method: str, runs: Sequence[Run]) -> None:
 
 def settings(run: Run) -> dict[str, Any]:
     """Return the settings that tell runs apart which are no repetitions of each other, by key."""
-    return {key: value for key, value in run.config.flat().items() if key not in _NOT_SETTINGS}
+    return {key: value for key, value in run.config.flat().items() if key not in NOT_SETTINGS}
 
 
 def varied(runs: Sequence[Run]) -> dict[str, list[Any]]:

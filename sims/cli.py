@@ -18,7 +18,15 @@ from rich.table import Column, Table
 
 from fedkd.errors import UserError
 from plots.figures import DEFAULT, chosen, draw_all, listing
-from sims.show import error_console, out_console, show_adaptation, show_comparison, show_partition, show_summary
+from sims.show import (
+    error_console,
+    out_console,
+    show_adaptation,
+    show_audit,
+    show_comparison,
+    show_partition,
+    show_summary,
+)
 
 if TYPE_CHECKING:
     from fedkd.config import Config, Scalar
@@ -41,6 +49,14 @@ class EngineName(StrEnum):
     inline = "inline"
     simulation = "simulation"
     deployment = "deployment"
+
+
+class TrackerName(StrEnum):
+    """Where each round is shown beside the terminal."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
 
 
 class Axis(StrEnum):
@@ -112,6 +128,11 @@ GpusOption = Annotated[
         help="GPUs, or a share of one, reserved for a node (simulation). Default: those there are, shared by all.",
     ),
 ]
+JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Inline runs at a time. Default: the CPU cores.")]
+TrackOption = Annotated[
+    TrackerName | None,
+    typer.Option("--track", help="Show each round as it ends in TensorBoard, Weights & Biases or MLflow too."),
+]
 
 
 @app.command()
@@ -130,6 +151,7 @@ def run(
     cpus_per_node: CpusOption = None,
     gpus_per_node: GpusOption = None,
     superlink: SuperLinkOption = "",
+    track: TrackOption = None,
 ) -> None:
     """Run one method and print what came out.
 
@@ -151,7 +173,7 @@ def run(
     config = place(prepare(on_devices(flat, engine.value, nodes, superlink)), out)
     _warn_of_ignored([config], flat)
     _warn_of_untested(config)
-    finished = launch(config, engine.value, nodes, cpus_per_node, gpus_per_node, superlink)
+    finished = launch(config, engine.value, nodes, cpus_per_node, gpus_per_node, superlink, track or "")
     show_summary(finished)
 
 
@@ -203,10 +225,9 @@ def compare(
     nodes: NodesOption = None,
     cpus_per_node: CpusOption = None,
     gpus_per_node: GpusOption = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Inline runs at a time. Default: the CPU cores.")
-    ] = None,
+    jobs: JobsOption = None,
     superlink: SuperLinkOption = "",
+    track: TrackOption = None,
 ) -> None:
     """Run methods side by side: one table, one figure of each kind.
 
@@ -218,34 +239,95 @@ def compare(
 
       fedkd compare fedavg fedprox --data mnist --root /data --seeds 1,2,3,4,5 --out runs/prox
     """
-    from fedkd.results import Run, started
-    from sims.launch import check_resources, launch_all, on_devices, place_series, prepare, writable
-    from sims.simulation import default_nodes
+    from sims.launch import on_devices, place_series, prepare
 
-    if len(set(methods)) < len(methods):
-        raise UserError("a method is named twice; name each once")
-    check_resources(engine.value, cpus_per_node, gpus_per_node)
-    if started(writable(out)):
-        raise UserError(f"--out {out} holds a run itself; take another folder")
+    _check_methods(methods)
+    _check_series(engine, cpus_per_node, gpus_per_node, out)
     options = {"data.name": data, "data.root": root, "run.clients": clients, "run.rounds": rounds}
     flat = _flat({**options, "run.clients-per-round": clients_per_round}, settings, methods)
     flat = on_devices(flat, engine.value, nodes, superlink)
-    configs, waiting = [], []
-    for seed in _seeds(seeds):
-        for method in methods:
-            prepared = prepare({**flat, "run.method": method, "run.seed": seed})
-            config, finished = place_series(prepared, out / f"{method}-s{seed}")
-            configs.append(config)
-            if finished:
-                error_console.print(f"{method} seed {seed}: already finished in {config.run.dir}", highlight=False)
-            else:
-                waiting.append(config)
-    _warn_of_ignored(configs, flat)
-    for config in {config.data_seed: config for config in configs}.values():
-        _warn_of_untested(config)
-    if waiting:
-        launch_all(waiting, engine.value, nodes, jobs or default_nodes(), cpus_per_node, gpus_per_node, superlink)
-    _report([Run.open(config.run.dir) for config in configs], out)
+    planned = [
+        place_series(prepare({**flat, "run.method": method, "run.seed": seed}), out / f"{method}-s{seed}")
+        for seed in _seeds(seeds)
+        for method in methods
+    ]
+    runs = _run_series(planned, flat, engine, nodes, jobs, cpus_per_node, gpus_per_node, superlink, track)
+    _report(runs, out)
+
+
+@app.command()
+def sweep(
+    methods: Annotated[list[str], typer.Argument(help="Methods to run; `local` among them adds who is hurt.")],
+    over: Annotated[
+        list[str],
+        typer.Option(
+            "--over",
+            metavar="KEY=VALUE,VALUE",
+            help="A setting and its values; given again, every combination is run. A value with a comma: in quotes.",
+        ),
+    ],
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "1,2,3",
+    data: DataOption = None,
+    root: RootOption = None,
+    engine: EngineOption = EngineName.inline,
+    clients: ClientsOption = None,
+    clients_per_round: CohortOption = None,
+    rounds: RoundsOption = None,
+    settings: SetOption = None,
+    out: Annotated[Path, _out("Folder of the runs, the table and the figures.")] = Path("runs/sweep"),
+    nodes: NodesOption = None,
+    cpus_per_node: CpusOption = None,
+    gpus_per_node: GpusOption = None,
+    jobs: JobsOption = None,
+    superlink: SuperLinkOption = "",
+    track: TrackOption = None,
+) -> None:
+    """Run methods with every combination of some settings: one table, a figure, and which setting came out best.
+
+    A setting of one method is varied for that method alone.  Finished runs in the folder are used and interrupted ones
+    go on, also when settings or values are added, so a sweep that was stopped goes on with the same command.
+
+    Examples:
+
+      fedkd sweep fedgen --over fedgen.temperature=1,2,4 --over data.alpha=0.05,0.1,1 --seeds 1,2,3
+
+      fedkd sweep local fedavg fedprox --over fedprox.mu=0.01,0.1,1 --over train.lr=0.01,0.1 --out runs/prox
+    """
+    from plots import style
+    from sims import sweep as sweeps
+    from sims.launch import on_devices, prepare, writable
+
+    _check_methods(methods)
+    axes: dict[str, list[Scalar]] = {}
+    for text in over:
+        key, values = sweeps.parse_axis(text)
+        _check_key("--over", key, methods)
+        if key in axes:
+            raise UserError(f"--over {key} is given twice; name all its values at once")
+        axes[key] = values
+    sweeps.check_axes(axes)
+    options = {"data.name": data, "data.root": root, "run.clients": clients, "run.rounds": rounds}
+    flat = _flat({**options, "run.clients-per-round": clients_per_round}, settings, methods)
+    if twice := sorted(axes.keys() & flat.keys()):
+        raise UserError(f"{twice[0]} is given twice: as {flat[twice[0]]!r} and with --over")
+
+    def configuration(own: Mapping[str, Scalar]) -> Config:
+        return prepare(on_devices(_cohort_that_fits({**flat, **own}), engine.value, nodes, superlink))
+
+    _check_series(engine, cpus_per_node, gpus_per_node, out)
+    planned = sweeps.plan(axes, methods, _seeds(seeds), writable(out), configuration)
+    runs = _run_series(planned, [*flat, *axes], engine, nodes, jobs, cpus_per_node, gpus_per_node, superlink, track)
+    _report(runs, out)
+    said = sweeps.best(runs)
+    drawn, left_out = sweeps.draw(runs)
+    for reason in left_out:
+        _warn(f"left out: {reason}")
+    for name, figure in drawn.items():
+        _print_files(style.save(figure, out / name))
+    if said:
+        (out / "best.txt").write_text("".join(f"{line}\n" for line in said), encoding="utf-8")
+    for line in said:
+        out_console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -496,6 +578,30 @@ def adapt(
 
 
 @app.command()
+def audit(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, or of a comparison.")],
+    root: RootOption = None,
+    out: Annotated[Path | None, _out("Folder. Default: audit in the run's, runs/audit for several.")] = None,
+) -> None:
+    """Say how well the models that runs ended with tell the clients' training images from their others.
+
+    Example: fedkd audit runs/compare
+    """
+    from rich.progress import track
+
+    from sims import audit as membership
+    from sims.launch import writable
+
+    opened = _open_all(runs)
+    tasks = membership.plan(opened, str(root or ""))
+    folder = writable(out or (opened[0].folder / "audit" if len(opened) == 1 else Path("runs/audit")))
+    rows = [membership.audit(task) for task in track(tasks, "runs", console=error_console, transient=True)]
+    table, files = membership.write(rows, tasks, folder)
+    show_audit(table)
+    _print_files(files)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed and found (GPU, Ray, data), and what to do about what is not."""
     from sims.doctor import examine
@@ -604,25 +710,88 @@ def _flat(
     Raises:
         UserError: a word of ``--set`` that is no assignment, or a key that is given twice or is not for ``--set``.
     """
-    from fedkd.config import RunSection, parse_assignment
-    from fedkd.method import names
+    from fedkd.config import parse_assignment
 
     given = {key: value for key, value in options.items() if value is not None}
     flat: dict[str, Scalar] = {key: str(v) if isinstance(v, Path) else v for key, v in given.items()}
     for assignment in settings or []:
         key, value = parse_assignment(assignment)
-        if key in _OWNED:
-            raise UserError(f"--set {key}: that is what {_OWNED[key]} says")
-        section = key.partition(".")[0]
-        if methods and section in names() and section not in methods:
-            raise UserError(f"--set {key}: '{section}' is not what runs ({', '.join(dict.fromkeys(methods))})")
+        _check_key("--set", key, methods)
         if key in flat:
             raise UserError(f"{key} is given twice: {flat[key]!r} and {value!r}")
         flat[key] = value
+    return _cohort_that_fits(flat)
+
+
+def _check_key(option: str, key: str, methods: Sequence[str]) -> None:
+    """Check that a key is for an option, and no other method's than those that run (empty: any)."""
+    from fedkd.method import names
+
+    if key in _OWNED:
+        raise UserError(f"{option} {key}: that is what {_OWNED[key]} says")
+    section = key.partition(".")[0]
+    if methods and section in names() and section not in methods:
+        raise UserError(f"{option} {key}: '{section}' is not what runs ({', '.join(dict.fromkeys(methods))})")
+
+
+def _cohort_that_fits(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return the keys with all clients in each round where the default cohort is larger than their number."""
+    from fedkd.config import RunSection
+
     number = flat.get("run.clients")
     if "run.clients-per-round" not in flat and isinstance(number, int) and number < RunSection().clients_per_round:
-        flat["run.clients-per-round"] = 0  # the default cohort does not fit: all clients
-    return flat
+        return {**flat, "run.clients-per-round": 0}
+    return dict(flat)
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    if len(set(methods)) < len(methods):
+        raise UserError("a method is named twice; name each once")
+
+
+def _check_series(engine: EngineName, cpus: int | None, gpus: float | None, out: Path) -> None:
+    """Check that the engine has what its nodes need, and that ``out`` can be the folder of several runs."""
+    from fedkd.results import started
+    from sims.launch import check_resources, writable
+
+    check_resources(engine.value, cpus, gpus)
+    if started(writable(out)):
+        raise UserError(f"--out {out} holds a run itself; take another folder")
+
+
+def _run_series(
+    planned: Sequence[tuple[Config, bool]],
+    given: Iterable[str],
+    engine: EngineName,
+    nodes: int | None,
+    jobs: int | None,
+    cpus: int | None,
+    gpus: float | None,
+    superlink: str,
+    track: TrackerName | None,
+) -> list[Run]:
+    """Run what is not finished of several runs, and return them all.
+
+    Args:
+        planned: each run, and whether it is finished.
+        given: keys that were given, so that those without effect are named.
+    """
+    from fedkd.results import Run
+    from sims.launch import launch_all
+    from sims.simulation import default_nodes
+
+    configs, waiting = [config for config, _ in planned], [config for config, finished in planned if not finished]
+    for config, finished in planned:
+        if finished:
+            said = f"{config.run.method} seed {config.run.seed}: already finished in {config.run.dir}"
+            error_console.print(said, highlight=False)
+    _warn_of_ignored(configs, given)
+    for config in {config.data_seed: config for config in configs}.values():
+        _warn_of_untested(config)
+    if waiting:
+        at_once = jobs or default_nodes()
+        launch_all(waiting, engine.value, nodes, at_once, cpus, gpus, superlink, track or "")
+    return [Run.open(config.run.dir) for config in configs]
 
 
 def _warn_of_ignored(configs: Sequence[Config], given: Iterable[str]) -> None:
@@ -743,11 +912,10 @@ def main() -> None:
         said = error.format_message().strip()  # nothing, when the help was printed for want of a command
         code = _failed(f"{said} (`{command} --help` says what there is)", 2) if said else 2
     if code == 130:
-        error_console.print(
-            "fedkd: stopped; the rounds that were finished are in the results folder, and `fedkd resume` goes on",
-            style="yellow",
-            soft_wrap=True,
-        )
+        several = {"compare", "reproduce", "sweep"} & set(sys.argv[1:2])
+        on = "the same command goes on" if several else "`fedkd resume` goes on"
+        said = f"fedkd: stopped; the rounds that were finished are in the results folder, and {on}"
+        error_console.print(said, style="yellow", soft_wrap=True)
     sys.exit(code)
 
 
@@ -755,7 +923,7 @@ def _check_once(words: Sequence[str]) -> None:
     """Check that no option but those that take several is given twice, where Click would take the last one."""
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     for option in options:
-        if options.count(option) > 1 and option not in ("--set", "--target"):
+        if options.count(option) > 1 and option not in ("--set", "--over", "--target"):
             raise UserError(f"{option} is given twice")
 
 

@@ -17,6 +17,8 @@ from fedkd.config import Config, Scalar
 from fedkd.errors import UserError
 from fedkd.results import Run, check_goes_on, check_same, lock, started
 from sims.progress import Watched, watching
+from sims.show import error_console
+from sims.trackers import tracking
 
 Engine = Literal["inline", "simulation", "deployment"]
 
@@ -130,9 +132,10 @@ def launch(
     cpus: int | None = None,
     gpus: float | None = None,
     superlink: str = "",
+    track: str = "",
 ) -> Run:
     """Run one experiment with a live progress display and return its results."""
-    launch_all([config], engine, nodes, 1, cpus, gpus, superlink)
+    launch_all([config], engine, nodes, 1, cpus, gpus, superlink, track)
     return Run.open(config.run.dir)
 
 
@@ -144,6 +147,7 @@ def launch_all(
     cpus: int | None = None,
     gpus: float | None = None,
     superlink: str = "",
+    track: str = "",
 ) -> None:
     """Run experiments: one after another on one SuperLink, or (inline) up to ``jobs`` at a time in processes.
 
@@ -154,37 +158,40 @@ def launch_all(
         jobs: inline runs at a time.
         cpus: CPU cores that the simulation reserves for a node; None: one.
         gpus: GPUs, or a share of one, that it reserves for a node; None: those there are, divided by the nodes.
+        superlink: of a deployment.
+        track: a tracker that is shown each round too (:mod:`sims.trackers`); empty: none.
 
     Raises:
-        UserError: what a node is to have is not there, or is asked of the inline engine; or nodes without a client.
+        UserError: what a node is to have is not there, or is asked of the inline engine; nodes without a client; or a
+            tracker whose package is not installed.
     """
     check_resources(engine, cpus, gpus)
     most = max(config.run.clients for config in configs)
     if nodes is not None and nodes > most:
         raise UserError(f"--nodes {nodes} is more than run.clients = {most}; a node without clients has nothing to do")
     watched = [Watched(Path(c.run.dir), Path(c.run.dir).name, c.run.rounds) for c in configs]
-    if engine == "simulation":
-        from sims.simulation import PrivateSuperLink, default_nodes
+    at_once = min(jobs, len(configs)) if engine == "inline" else 1
+    with watching(watched, error_console, at_once), tracking(configs, track, error_console):
+        if engine == "simulation":
+            from sims.simulation import PrivateSuperLink, default_nodes
 
-        reserved = cpus or 1
-        with watching(watched), PrivateSuperLink() as own:
-            own.run(configs, nodes or min(max(1, default_nodes() // reserved), most), reserved, gpus)
-    elif engine == "deployment":
-        from sims import deployment
+            reserved = cpus or 1
+            with PrivateSuperLink() as own:
+                own.run(configs, nodes or min(max(1, default_nodes() // reserved), most), reserved, gpus)
+        elif engine == "deployment":
+            from sims import deployment
 
-        with watching(watched):
             deployment.run(configs, superlink)
-    elif len(configs) == 1 or jobs == 1:
-        from sims import inline
+        elif at_once == 1:
+            from sims import inline
 
-        with watching(watched):
             for config in configs:
                 inline.run(config, nodes or 1)
-    else:
-        with watching(watched), _processes(min(jobs, len(configs))) as pool:
-            started = [pool.submit(_inline, config, nodes or 1) for config in configs]
-            for run in concurrent.futures.as_completed(started):
-                run.result()
+        else:
+            with _processes(at_once) as pool:
+                started = [pool.submit(_inline, config.flat(), nodes or 1) for config in configs]
+                for run in concurrent.futures.as_completed(started):
+                    run.result()
 
 
 def check_resources(engine: Engine, cpus: int | None, gpus: float | None) -> None:
@@ -237,9 +244,10 @@ def _processes(count: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def _inline(config: Config, nodes: int) -> None:
+def _inline(flat: Mapping[str, Scalar], nodes: int) -> None:
+    """Run an experiment of flat keys in a process of its own; the section of a method need not be picklable."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    importlib.import_module("sims.inline").run(config, nodes)
+    importlib.import_module("sims.inline").run(Config.from_flat(flat), nodes)
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -71,6 +72,31 @@ def show_adaptation(table: pd.DataFrame) -> None:
         left = left[count:]
 
 
+def show_audit(table: pd.DataFrame) -> None:
+    """Print how well members are told from non-members, as many columns as the terminal has room for.
+
+    Args:
+        table: that of :func:`plots.audit.table`.
+    """
+    left_out = ("members", "nonmembers", "TPR at 10 % FPR", "AUC, modified entropy", "train (%)", "test (%)")
+
+    def broken(text: str) -> str:
+        return escape(re.sub(r" (?=[±([]|at |FPR)|(?<=,) |(?<=modified) ", "\n", text))
+
+    for count in range(len(left_out) + 1):
+        kept = table.drop(columns=[*left_out[:count]])
+        shown = Table(
+            *(Column(broken(name), no_wrap=True) for name in kept.columns),
+            title="Membership inference by the loss: training images against\nothers of the same client and class",
+            box=box.SIMPLE_HEAD,
+        )
+        for cells in kept.to_numpy():
+            shown.add_row(*map(broken, cells))
+        if out_console.measure(shown, options=out_console.options.update(width=100_000)).maximum <= out_console.width:
+            break
+    out_console.print(shown)
+
+
 def show_partition(data: FederatedData) -> None:
     """Print who holds what: a column per class if they fit, else how many classes a client has, and the largest."""
     counts, tests = data.class_counts(), data.class_counts("test")
@@ -103,6 +129,8 @@ def show_summary(finished: Run) -> None:
         table.add_row("spread over clients", f"{fair['deviation']:.2%}")
     if dropped := summary.get("dropped"):
         table.add_row("dropped", f"clients {', '.join(map(str, dropped['clients']))}, in {dropped['rounds']} rounds")
+    if private := summary.get("privacy"):
+        table.add_row("epsilon", f"{private['epsilon']:.2f} at delta {private['delta']:g}")
     table.add_row("bytes down and up", f"{summary['bytes_down']:,} and {summary['bytes_up']:,}")
     table.add_row("seconds", f"{summary['seconds']:.1f}")
     out_console.print(table)

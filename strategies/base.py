@@ -32,6 +32,7 @@ from fedkd.method import Method, load
 from fedkd.payload import PayloadError, Record, pack, unpack, wire_bytes
 from fedkd.results import Recorder, merge_rows
 from fedkd.setup import Setup
+from strategies import privacy, robust
 
 _log = logging.getLogger("flwr")
 
@@ -71,10 +72,14 @@ class FederatedStrategy(Strategy):
         self.costs = list(costs)
         self.state: Record = half.init(setup)
         self._drops = drops(setup.config, self.method, self.state)
+        run = setup.config.run
+        robust.check(setup.config, self.method, self.state, run.min_clients if self._drops else run.cohort)
+        privacy.check(setup, self.method, half)
         self._dropped: list[dict[str, Any]] = []  # of the round under way
         self._before = 0  # rounds that were done before `start`, which counts from 1
         self._asked: list[tuple[Metadata, list[int]]] = []  # orders under way, which get their names when they are sent
         self._cohort: list[int] = []
+        self._broadcast: Record = self.state  # of the round under way
         self._bytes_down: dict[int, int] = {}
         self._began = 0.0
         self._row: dict[str, Any] = {}
@@ -104,7 +109,8 @@ class FederatedStrategy(Strategy):
         if round == 1 and "parameters" in arrays and "parameters" in self.state.specs():
             self._start_from(arrays)
         self._cohort = self.cohort(round)
-        broadcast = self.half.broadcast(self.setup, self.state, round).check(self.setup.sizes, "the server")
+        broadcast = self._broadcast = self.half.broadcast(self.setup, self.state, round)
+        broadcast.check(self.setup.sizes, "the server")
         personal = self._personal(round)
         self._bytes_down = {
             client: wire_bytes(broadcast) + (wire_bytes(personal[client]) if personal else 0) for client in self._cohort
@@ -123,6 +129,9 @@ class FederatedStrategy(Strategy):
         def read(clients: list[int], reply: Message) -> None:
             owners = [f"client {client}" for client in clients]
             records = unpack(self.method.Update, protocol.arrays(reply, "updates"), self.setup.sizes, owners)
+            for client, record in zip(clients, records, strict=True):
+                if (said := int(getattr(record, "client", client))) != client:
+                    raise PayloadError(f"the update of client {client} is for client {said}")
             updates.update(zip(clients, records, strict=True))
             rows.extend(protocol.read_rows(reply))
 
@@ -131,10 +140,14 @@ class FederatedStrategy(Strategy):
             row |= {"bytes_down": self._bytes_down[row["client"]], "bytes_up": wire_bytes(updates[row["client"]])}
         arrived = time.perf_counter()
         answered = [client for client in self._cohort if client in updates]
-        self.state, metrics = self.half.update(self.setup, self.state, [updates[c] for c in answered], round)
-        self.state.check(self.setup.sizes, "the server")
+        taken = robust.screened(self.setup.config, self._broadcast, {c: updates[c] for c in answered})
+        state, metrics = self.half.update(self.setup, self.state, list(taken.values()), round)
+        self.state = privacy.noised(self.setup, state, round).check(self.setup.sizes, "the server")
         done = time.perf_counter()
         self._row = {"round": round, "clients": answered, "state": state_hash(self.state)}
+        if len(taken) < len(answered):
+            self._row["selected"] = list(taken)
+        self._row |= privacy.spent(self.setup.config, round)
         for name, (total, weight) in metrics.items():
             self._row[f"{name}_sum"], self._row[f"{name}_weight"] = total, weight
         self._row |= {"seconds_train": arrived - self._began, "seconds_server": done - arrived}
@@ -255,11 +268,13 @@ class FederatedStrategy(Strategy):
                 if reply.has_error():
                     said = _said(reply.error)
                     raise RoundError(f"clients {listed(clients)} failed: {said}")
-                if [row["client"] for row in protocol.read_rows(reply)] != clients:
-                    raise PayloadError(f"the reply for clients {listed(clients)} is for other clients")
+                if [row["client"] for row in protocol.read_rows(reply, exchange)] != clients:
+                    raise PayloadError("it is for other clients")
                 read(clients, reply)
                 answered += len(clients)
-            except (RoundError, PayloadError) as error:
+            except PayloadError as error:
+                self._drop(exchange, clients, PayloadError(f"the reply for clients {listed(clients)}: {error}"))
+            except RoundError as error:
                 self._drop(exchange, clients, error)
         if late := sorted(client for clients in asked.values() for client in clients):
             self._drop(exchange, late, RoundError(f"clients {listed(late)} did not answer in time"))
@@ -327,15 +342,13 @@ def drops(config: Config, method: Method, state: Record) -> bool:
         state: the server's state.
 
     Raises:
-        UserError: it is asked for, and the method needs an update from every client of the cohort.
+        UserError: it is asked for, and the method, or privacy, needs an update from every client of the cohort.
     """
     wanted = config.run.on_failure
-    kinds = [type(state), method.Broadcast, method.Update, method.Personal, method.Scoring]
-    needs_all = any("cohort" in spec.shape for kind in kinds if kind for spec in kind.specs().values())
+    needs_all = config.privacy.on or bool(robust.single(method, state))
     if needs_all and wanted == "drop":
-        raise UserError(
-            f"run.on-failure = 'drop': {method.name} needs an update from every client of a round; take fail"
-        )
+        who = "privacy" if config.privacy.on else method.name
+        raise UserError(f"run.on-failure = 'drop': {who} needs an update from every client of a round; take fail")
     return wanted == "drop" or (wanted == "auto" and config.data.partition == "devices" and not needs_all)
 
 

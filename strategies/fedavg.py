@@ -35,10 +35,11 @@ def update(setup: Setup, state: State, updates: Sequence[Update], round: int) ->
     """Average the models over the round's clients, by examples or uniformly (``fedavg.weighting``)."""
     hyper: Hyper = setup.hyper
     weights = shares([int(u.examples) for u in updates], hyper.weighting)
+    rule = setup.config.aggregation
     return (
         State(
-            parameters=average([u.parameters for u in updates], weights),
-            statistics=average([u.statistics for u in updates], weights),
+            parameters=average([u.parameters for u in updates], weights, rule),
+            statistics=average([u.statistics for u in updates], weights, rule),
         ),
         {},
     )

@@ -103,11 +103,12 @@ def update(setup: Setup, state: State, updates: Sequence[Update], round: int) ->
         def teacher_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return weighted_teachers(logits, y, share, per_example=hyper.class_weights == "per-example")
 
+    rule = setup.config.aggregation
     trained, metrics = _train_generator(setup, state, updates, labels, teacher_loss, round)
     return (
         State(
-            parameters=average([u.parameters for u in updates], weights),
-            statistics=average([u.statistics for u in updates], weights),
+            parameters=average([u.parameters for u in updates], weights, rule),
+            statistics=average([u.statistics for u in updates], weights, rule),
             label_probabilities=to_clients / to_clients.sum(),
             **trained,
         ),

@@ -21,11 +21,12 @@ def update(setup: Setup, state: State, updates: Sequence[Update], round: int) ->
     """
     hyper: Hyper = setup.hyper
     weights = shares([int(u.examples) for u in updates], "examples" if hyper.variant == "authors" else "uniform")
-    mean = average([u.parameters for u in updates], weights)
+    rule = setup.config.aggregation
+    mean = average([u.parameters for u in updates], weights, rule)
     return (
         State(
             parameters=(1 - hyper.beta) * state.parameters + hyper.beta * mean,
-            statistics=average([u.statistics for u in updates], weights),
+            statistics=average([u.statistics for u in updates], weights, rule),
         ),
         {},
     )

@@ -499,6 +499,8 @@ class TestNames:
 def _runs_for(name: str, five: list[Run], sweep: list[Run], ended: list[Run]) -> list[Run]:
     if name == "heatmap":
         return [run for run in sweep if run.config.run.clients == 4]
+    if name == "setting":
+        return [run for run in sweep if (run.config.run.clients, run.config.data.alpha) == (4, 0.1)]
     return ended if name in ("pgfed-alpha", "fedgen-latent", "fedftg-images") else five
 
 
@@ -537,7 +539,7 @@ def test_legible(name: str, five: list[Run], sweep: list[Run], ended: list[Run])
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_one_run_is_legible(name: str, five: list[Run]) -> None:
     runs = {"apfl-alpha": of(five, "apfl"), "fedd2s-drops": of(five, "fedd2s")}.get(name, of(five, "fedgen"))[:1]
-    if name in ("gain", "differences", "ranks", "heatmap", "pgfed-alpha", "fedgen-latent", "fedftg-images"):
+    if name in ("gain", "differences", "ranks", "heatmap", "setting", "pgfed-alpha", "fedgen-latent", "fedftg-images"):
         with pytest.raises(UserError, match=name):
             figures.draw(name, runs)
     else:
@@ -548,7 +550,7 @@ def test_one_run_is_legible(name: str, five: list[Run]) -> None:
 def test_all_methods_and_many_clients_and_classes_are_legible(tmp_path: Path) -> None:
     runs = invent(tmp_path, names(), seeds=2, clients=100, classes=62, rounds=3)
     drawn, left_out = figures.draw_all(figures.chosen("all"), runs)
-    assert len(left_out) == 4  # a heat map, and what is drawn from the state at the end
+    assert len(left_out) == 5  # what is drawn over settings, and what is drawn from the state at the end
     for figure in drawn.values():
         assert_legible(figure)
         assert figure.get_figheight() <= 9.2  # a page

@@ -228,7 +228,7 @@ class Description:
             classes, shape = tuple(map(str, read["classes"])), tuple(int(n) for n in read["shape"])
             tables = [{int(c): [int(n) for n in row] for c, row in read[split].items()} for split in _SPLITS]
             hashes = {int(client): str(value) for client, value in read["fingerprints"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         counted = [row for table in tables for row in table.values()]
         if len(shape) != 3 or min(shape) < 1 or any(len(row) != len(classes) or min(row) < 0 for row in counted):

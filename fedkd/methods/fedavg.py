@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
-from fedkd.payload import Count, ParameterVector, Record, SharedStatistics, Statistics
+from fedkd.payload import Count, Examples, ParameterVector, Record, SharedStatistics, Statistics
 
 
 class Hyper(HyperParameters):
@@ -34,7 +34,7 @@ class Update(Record):
 
     parameters: ParameterVector
     statistics: SharedStatistics
-    examples: Count
+    examples: Examples
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ SoftLabels = Annotated[torch.Tensor, Spec(("rows", "classes"), torch.float32)]
 """A soft label per uploaded row; rows that are not used are zero."""
 Representations = Annotated[torch.Tensor, Spec(("rows", "representation"), torch.float32)]
 """r^l per uploaded row, flat, zeros behind it: the width is the largest of the dropping set, 0 without global head."""
-Labels = Annotated[torch.Tensor, Spec(("rows",), torch.int64)]
+Labels = Annotated[torch.Tensor, Spec(("rows",), torch.int64, least=-1, below="classes")]
 """The class of each uploaded row, -1 for rows that are not used."""
 HeadVector = Annotated[torch.Tensor, Spec(("heads",), torch.float32)]
 """The linear heads of all depths; empty for deep-layers."""

@@ -23,7 +23,7 @@ from pydantic import Field
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg, local
-from fedkd.payload import ClassCounts, Count, Record, Spec
+from fedkd.payload import ClassCounts, Examples, Record, Spec
 
 ClassOutputs = Annotated[torch.Tensor, Spec(("classes", "classes"), torch.float32)]
 """One output vector for each class: row y belongs to the examples of class y."""
@@ -61,7 +61,7 @@ class Update(Record):
 
     outputs: ClassOutputs
     held: ClassCounts
-    examples: Count
+    examples: Examples
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from pydantic import Field
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.models import FlatModel
-from fedkd.payload import Count, ParameterVector, Record, SharedStatistics, Spec, Statistics
+from fedkd.payload import Client, Count, Examples, ParameterVector, Record, SharedStatistics, Spec, Statistics
 
-Sources = Annotated[torch.Tensor, Spec(("downloads",), torch.int64)]
+Sources = Annotated[torch.Tensor, Spec(("downloads",), torch.int64, least=-1, below="clients")]
 """Whose models a client gets, one per place; -1 for a place without one."""
 
 
@@ -84,10 +84,10 @@ class Personal(Record):
 class Update(Record):
     """A locally trained model, and what its client thinks of the models it got (signed, 0 where there was none)."""
 
-    client: Count
+    client: Client
     parameters: ParameterVector
     statistics: SharedStatistics
-    examples: Count
+    examples: Examples
     sources: Sources
     weights: Annotated[torch.Tensor, Spec(("downloads",), torch.float32)]
 

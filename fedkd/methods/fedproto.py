@@ -25,7 +25,7 @@ from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.methods import local
 from fedkd.models import FlatModel
-from fedkd.payload import ClassCounts, Count, Record, Spec
+from fedkd.payload import ClassCounts, Examples, Record, Spec
 
 Prototypes = Annotated[torch.Tensor, Spec(("classes", "features"), torch.float32)]
 """One vector of features for each class; zero where there is none."""
@@ -71,7 +71,7 @@ class Update(Record):
 
     prototypes: Prototypes
     counts: ClassCounts
-    examples: Count
+    examples: Examples
 
 
 def sizes(hyper: Hyper, model: FlatModel) -> dict[str, int]:

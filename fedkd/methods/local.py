@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedkd.config import HyperParameters
 from fedkd.method import Method
-from fedkd.payload import Count, ParameterVector, Record, Statistics
+from fedkd.payload import Count, Examples, ParameterVector, Record, Statistics
 
 
 class Hyper(HyperParameters):
@@ -26,7 +26,7 @@ class Broadcast(Record):
 class Update(Record):
     """Only how many examples the client trained on, for the weighting of the reported loss."""
 
-    examples: Count
+    examples: Examples
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from pydantic import Field
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg
 from fedkd.models import FlatModel
-from fedkd.payload import Count, ParameterVector, Record, Spec
+from fedkd.payload import Client, ParameterVector, Record, Spec
 
 CohortValues = Annotated[torch.Tensor, Spec(("cohort",), torch.float32)]
 """One number for each participant of the previous round."""
-CohortClients = Annotated[torch.Tensor, Spec(("cohort",), torch.int64)]
+CohortClients = Annotated[torch.Tensor, Spec(("cohort",), torch.int64, least=-1, below="clients")]
 """Who took part in the previous round, in ascending order; -1 everywhere before the first."""
 
 
@@ -82,7 +82,7 @@ class Personal(Record):
 class Update(fedavg.Update):
     """A locally trained model, its local risk's gradient there and expansion's offset, and the client's new alpha."""
 
-    client: Count
+    client: Client
     gradient: ParameterVector
     offset: Annotated[torch.Tensor, Spec((), torch.float32)]
     alpha: CohortValues

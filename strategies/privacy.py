@@ -1,0 +1,127 @@
+"""Client-level differential privacy, server side: DP-FedAvg (McMahan, Ramage, Talwar, Zhang, ICLR 2018).
+
+Each of a fixed number m of clients, sampled without replacement from all n, sends a model whose change has at most the
+norm C; the server releases ``theta + 1/m (sum_k (theta_k - theta) + N(0, (z C)^2 I))``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fedkd.clipping import MODEL
+from fedkd.config import Config
+from fedkd.errors import UserError
+from fedkd.method import Method
+from fedkd.payload import Record
+from fedkd.setup import Setup
+from strategies.averaging import MEAN
+
+ORDERS = (*range(2, 9), *range(10, 18, 2), *range(20, 36, 4), 40, 48, 64)
+"""Renyi orders of the bound for sampled cohorts: whole ones, the others being interpolated between them anyway."""
+
+
+def check(setup: Setup, method: Method, half: ModuleType) -> None:
+    """Check that the guarantee would hold: that the released model is the noisy mean of clipped models, and no more.
+
+    Args:
+        method: the contract under the run's settings.
+        half: the method's server half.
+
+    Raises:
+        UserError: it would not, or the library that accounts for it is missing.
+    """
+    from strategies import fedavg, partial  # which import base, which imports this
+
+    config = setup.config
+    if not config.privacy.on:
+        return
+    plain = half.update in (fedavg.update, partial.update) and set(method.Update.specs()) <= {*MODEL, "examples"}
+    rule, most = config.aggregation.rule, config.aggregation.clip_norm
+    refusals = [
+        (not plain, f"{method.name}'s server does more than average models"),
+        (
+            getattr(config.hyper, "weighting", "uniform") != "uniform",
+            f"it needs equal weights; set {method.name}.weighting=uniform",
+        ),
+        (
+            rule != MEAN.rule or most > 0,
+            "it is for the mean of models that the clients clip themselves; leave out "
+            + (f"aggregation.rule = '{rule}'" if rule != MEAN.rule else f"aggregation.clip-norm = {most}"),
+        ),
+        (
+            setup.sizes["shared_statistics"] > 0,
+            "averaged BatchNorm statistics would be released without noise; set model.norm-statistics=personal or "
+            "model.norm=group",
+        ),
+        (
+            config.data.scaling == "standard",
+            "data.scaling = 'standard' is computed from all clients' images; take symmetric or unit",
+        ),
+        (
+            config.data.partition == "devices",
+            "data.partition = 'devices' would give away run.seed, from which noise and cohorts are drawn, to every "
+            "device; simulate instead",
+        ),
+        (
+            config.privacy.noise_multiplier > 0 and importlib.util.find_spec("dp_accounting") is None,
+            "epsilon needs the package dp-accounting; pip install 'fedkd[privacy]'",
+        ),
+    ]
+    for holds, why in refusals:
+        if holds:
+            raise UserError(f"privacy.clip-norm = {config.privacy.clip_norm}: {why}")
+
+
+def noised(setup: Setup, state: Record, round: int) -> Record:
+    """Return the server's state with ``N(0, (z C / m)^2)`` on every parameter, drawn from a stream of the round."""
+    privacy = setup.config.privacy
+    if not privacy.noise_multiplier:
+        return state
+    deviation = privacy.noise_multiplier * privacy.clip_norm / setup.config.run.cohort
+    mean = state.tensors()["parameters"]
+    noise = torch.randn(mean.shape, generator=setup.streams.torch("privacy-noise", round), dtype=torch.float64)
+    fields: dict[str, Any] = {"parameters": (mean.double() + deviation * noise).float()}
+    return dataclasses.replace(state, **fields)
+
+
+def spent(config: Config, rounds: int) -> dict[str, float]:
+    """Return ``{"epsilon"}`` of the models released in so many rounds at ``privacy.delta``; empty without noise."""
+    privacy, run = config.privacy, config.run
+    if not privacy.noise_multiplier:
+        return {}
+    return {"epsilon": epsilon(privacy.noise_multiplier, run.clients, run.cohort, rounds, privacy.delta)}
+
+
+@cache
+def epsilon(noise_multiplier: float, clients: int, cohort: int, rounds: int, delta: float) -> float:
+    """Return epsilon of so many rounds, when the data of one client is replaced by any other.
+
+    Replacing a client changes the sum of the changes by up to 2 C, so the accountant's noise multiplier, the deviation
+    over the sensitivity, is ``z / 2``.  Two bounds hold, and the smaller one is returned: Renyi accounting of sampling
+    without replacement (Wang, Balle, Kasiviswanathan, AISTATS 2019), and the Gaussian mechanism's as if every client
+    took part in every round, which is the smaller one when nearly all do.
+
+    Args:
+        noise_multiplier: z.
+        clients: n, the clients sampled from.
+        cohort: m, the clients of a round.
+        rounds: how often.
+        delta: the probability with which epsilon may be exceeded.
+    """
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutReplacementDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    gaussian = GaussianDpEvent(noise_multiplier / 2)
+    everybody = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE).compose(gaussian, rounds)
+    found = float(everybody.get_epsilon(delta))
+    if cohort < clients:
+        sampled = RdpAccountant(ORDERS, NeighboringRelation.REPLACE_ONE)
+        sampled.compose(SampledWithoutReplacementDpEvent(clients, cohort, gaussian), rounds)
+        found = min(found, float(sampled.get_epsilon(delta)))
+    return found

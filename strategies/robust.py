@@ -1,0 +1,111 @@
+"""Hostile clients: which methods the rules of ``[aggregation]`` are for, and what a round does to the updates.
+
+Clipping and Krum act on the round's updates before the server half sees them, so they hold for everything that it does
+with them; median and trimmed mean take the place of its average (:func:`strategies.averaging.average`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.serverapp.strategy.multikrum import select_multikrum
+
+from fedkd.clipping import MODEL, change, clipped
+from fedkd.config import Config
+from fedkd.errors import UserError
+from fedkd.method import Method
+from fedkd.payload import Record
+from strategies.averaging import MEAN
+
+
+def check(config: Config, method: Method, state: Record, fewest: int) -> None:
+    """Check that the settings of ``[aggregation]`` can be had.
+
+    Args:
+        method: the contract under these settings.
+        state: the server's state.
+        fewest: number of clients that a round may be left with.
+
+    Raises:
+        UserError: the method's server does not average models alone, or the rule needs more clients.
+    """
+    asked, rule = config.aggregation, config.aggregation.rule
+    if rule == MEAN.rule and not asked.clip_norm:
+        return
+    key = f"aggregation.rule = '{rule}'" if rule != MEAN.rule else f"aggregation.clip-norm = {asked.clip_norm}"
+    if why := beyond_models(method, state):
+        raise UserError(f"{key} is for methods whose server averages models, and {method.name} {why}; leave it out")
+    needed, what = 1, ""
+    if rule == "median":
+        needed = 3
+    elif rule in ("krum", "multi-krum"):
+        needed, what = 2 * asked.byzantine + 3, f" with aggregation.byzantine = {asked.byzantine}"
+    elif rule == "trimmed-mean" and not int(asked.trim * fewest):
+        raise UserError(
+            f"aggregation.trim = {asked.trim} cuts off nobody of the {fewest} clients of a round; raise it, or take "
+            "more clients"
+        )
+    if fewest < needed:
+        whose = "run.clients-per-round" if fewest == config.run.cohort else "run.min-clients"
+        raise UserError(f"{key}{what} needs {needed} clients in every round, and {whose} leaves {fewest}; raise it")
+
+
+def beyond_models(method: Method, state: Record) -> str:
+    """Return why averaging models is not all that a method's server does with real numbers of its clients, or nothing.
+
+    The types tell: a model has to travel in both directions, the model has to be all that a client sends but counts,
+    and the server must not keep a part for each client of the round.  The counts, and servers that also distil from
+    the clients' models, are left to docs/robustness.md.
+    """
+    sent, received = method.Update.specs(), method.Broadcast.specs()
+    if any(name not in sent or sent[name] != received.get(name) for name in MODEL):
+        return "averages none"
+    if more := [name for name, spec in sent.items() if spec.dtype.is_floating_point and name not in MODEL]:
+        return f"also takes its clients' {', '.join(map(repr, more))}"
+    if kept := single(method, state):
+        return f"keeps its clients' {', '.join(map(repr, kept))} one by one"
+    return ""
+
+
+def single(method: Method, state: Record) -> list[str]:
+    """Return the fields in which the server keeps, or sends on, a part for each client of the round."""
+    kinds = [type(state), method.Broadcast, method.Update, method.Personal, method.Scoring]
+    return [name for kind in kinds if kind for name, spec in kind.specs().items() if "cohort" in spec.shape]
+
+
+def screened(config: Config, broadcast: Record, updates: dict[int, Record]) -> dict[int, Record]:
+    """Return the updates that the server half gets, by client: clipped, and those that Krum selects.
+
+    Args:
+        broadcast: what the clients started from.
+        updates: of the clients that answered, in ascending order.
+    """
+    aggregation = config.aggregation
+    if most := aggregation.clip_norm or config.privacy.clip_norm:
+        updates = {client: clipped(update, broadcast, most) for client, update in updates.items()}
+    if aggregation.rule not in ("krum", "multi-krum"):
+        return updates
+    number = 1 if aggregation.rule == "krum" else len(updates) - aggregation.byzantine
+    kept = krum(broadcast, updates.values(), aggregation.byzantine, number)
+    return {client: update for k, (client, update) in enumerate(updates.items()) if k in kept}
+
+
+def krum(start: Record, updates: Iterable[Record], byzantine: int, number: int) -> set[int]:
+    """Return the positions of the updates nearest to their ``n - f - 2`` nearest ones (Blanchard et al. 2017).
+
+    Flower's selection, on the changes in double precision: it takes distances from ``|a|^2 + |b|^2 - 2 a b``, in which
+    the digits of models that are nearly alike, or the range of huge ones, would be lost.
+
+    Args:
+        start: what the clients started from.
+        byzantine: f.
+        number: how many; 1 is Krum, more is Multi-Krum.
+    """
+    contents = [
+        RecordDict({"arrays": ArrayRecord({"change": Array(np.ascontiguousarray(change(update, start).numpy()))})})
+        for update in updates
+    ]
+    selected = {id(one) for one in select_multikrum(contents, byzantine, number)}
+    return {k for k, one in enumerate(contents) if id(one) in selected}

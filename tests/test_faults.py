@@ -1,0 +1,317 @@
+"""Nodes that misbehave: whoever they are for is named and dropped, or ends the run, and the average never moves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tiny
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app.message import make_message
+from flwr.clientapp import ClientApp
+
+import clients.app
+from fedkd import protocol
+from fedkd.config import Scalar
+from fedkd.payload import PayloadError
+from fedkd.results import Run
+from sims import inline
+from strategies.app import app as server_app
+from strategies.base import RoundError
+
+pytestmark = pytest.mark.slow
+
+KEYS: dict[str, Scalar] = {"run.clients": 4, "run.clients-per-round": 0, "run.on-failure": "drop"}
+"""Four clients on two nodes, of which the second misbehaves in round 2."""
+METHODS = ("fedavg", "fedgen", "scaffold", "apfl")
+BAD_NODE, BAD_ROUND = 3, 2
+
+Break = Callable[[RecordDict], None]
+
+
+class Misbehaving(inline.LoopbackGrid):
+    """A grid whose replies pass through :attr:`pulled` on their way to the server."""
+
+    pulled: Callable[[list[Message]], list[Message]] = staticmethod(list)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return what has arrived."""
+        return type(self).pulled(list(super().pull_messages(message_ids)))
+
+
+def run_with(
+    folder: Path, method: str = "fedavg", breaks: Break | None = None, exchange: str = MessageType.TRAIN, **flat: Scalar
+) -> Run:
+    """Run on two nodes; what the second answers in round 2 is changed by ``breaks``."""
+    app = ClientApp()
+
+    def passed(real: Callable[[Message, Context], Message], kind: str, message: Message, context: Context) -> Message:
+        reply = real(message, context)
+        there = context.node_id == BAD_NODE and protocol.read_order(message).round == BAD_ROUND
+        if breaks and there and kind == exchange:
+            breaks(reply.content)
+        return reply
+
+    app.train()(partial(passed, clients.app.train, MessageType.TRAIN))
+    app.evaluate()(partial(passed, clients.app.evaluate, MessageType.EVALUATE))
+    inline.run_apps(server_app, app, tiny(method, **{**KEYS, "run.dir": str(folder), **flat}), nodes=2)
+    return Run.open(folder)
+
+
+def states(run: Run) -> list[str]:
+    """Return the hash of the server's state after each round."""
+    return [row["state"] for row in run.rows("rounds")]
+
+
+# ---- what a reply may be broken in -----------------------------------------------------------------------------------
+
+
+def fails(content: RecordDict) -> None:
+    """Answer nothing at all: what every other fault is compared with."""
+    raise RuntimeError("out of battery")
+
+
+def array(change: Callable[[np.ndarray[Any, Any]], Any], name: str = "parameters") -> Break:
+    """Return what changes the values of an update's field."""
+
+    def broken(content: RecordDict) -> None:
+        updates = content.array_records["updates"]
+        key = name if name in updates else next(key for key in updates if updates[key].shape[-1] > 1)
+        updates[key] = Array(np.ascontiguousarray(change(np.array(updates[key].numpy()))))
+
+    return broken
+
+
+def one(value: float) -> Callable[[np.ndarray[Any, Any]], Any]:
+    """Return what sets a single value in the last client's row."""
+
+    def change(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        values.reshape(len(values), -1)[-1, 0] = value
+        return values
+
+    return change
+
+
+def updates(change: Callable[[dict[str, Array]], None]) -> Break:
+    """Return what changes which fields there are."""
+
+    def broken(content: RecordDict) -> None:
+        fields = dict(content.array_records["updates"])
+        change(fields)
+        content["updates"] = ArrayRecord(fields)
+
+    return broken
+
+
+def rows(change: Callable[[list[dict[str, Any]]], Any]) -> Break:
+    """Return what changes the rows."""
+
+    def broken(content: RecordDict) -> None:
+        read = json.loads(str(content.config_records["reply"]["rows"]))
+        content["reply"] = ConfigRecord({"rows": json.dumps(change(read) or read)})
+
+    return broken
+
+
+def without(name: str) -> Break:
+    """Return what leaves a record out."""
+
+    def broken(content: RecordDict) -> None:
+        del content[name]
+
+    return broken
+
+
+def _cut(fields: dict[str, Array]) -> None:
+    whole = fields["parameters"]
+    fields["parameters"] = Array(whole.dtype, whole.shape, whole.stype, whole.data[:-4])
+
+
+def _renamed(fields: dict[str, Array]) -> None:
+    fields["weights"] = fields.pop("parameters")
+
+
+BROKEN: dict[str, tuple[Break, str]] = {
+    "NaN": (array(one(np.nan)), "of client {last} has a value that is not finite"),
+    "infinite": (array(one(-np.inf)), "of client {last} has a value that is not finite"),
+    "longer vectors": (array(lambda v: np.concatenate([v, v], axis=1)), "the contract says"),
+    "a row too many": (array(lambda v: np.concatenate([v, v[:1]])), "is not one row each"),
+    "a row too few": (array(lambda v: v[:1]), "is not one row each"),
+    "half the precision": (array(lambda v: v.astype(np.float16)), "torch.float16"),
+    "text": (array(lambda v: v.astype("U8")), "is no array"),
+    "cut short": (updates(_cut), "is no array"),
+    "a field missing": (updates(lambda f: f.pop("parameters") and None), "missing fields ['parameters']"),
+    "a field more": (updates(lambda f: f.update(more=Array(np.zeros(3)))), "unknown fields ['more']"),
+    "a field renamed": (updates(_renamed), "missing fields ['parameters'], unknown fields ['weights']"),
+    "no updates": (without("updates"), "the message has no 'updates'"),
+    "no rows": (without("reply"), "the rows of a reply cannot be read"),
+    "rows of others": (rows(lambda r: [{**row, "client": 9} for row in r]), "it is for other clients"),
+    "rows in another order": (rows(lambda r: r[::-1]), "it is for other clients"),
+    "rows of nothing": (rows(lambda r: [{}] * len(r)), "the rows of a reply cannot be read"),
+    "a loss that is text": (rows(lambda r: r[0].update(loss_sum="0")), "the rows of a reply cannot be read"),
+    "another round": (rows(lambda r: r[0].update(round=7)), "round is the server's to say"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_reply_is_named_and_leaves_no_trace(fault: str, method: str, tmp_path: Path) -> None:
+    """The server's states are those of a run in which that node failed, bit for bit; next round it is asked again."""
+    breaks, said = BROKEN[fault]
+    silent = run_with(tmp_path / "silent", method, fails)
+    run = run_with(tmp_path / "run", method, breaks)
+    assert states(run) == states(silent)
+    (dropped,) = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
+    assert dropped["exchange"] == "train"
+    assert dropped["clients"] == silent.rows("rounds")[BAD_ROUND - 1]["dropped"][0]["clients"]
+    assert said.format(last=dropped["clients"][-1]) in dropped["why"]
+    assert "the reply for clients" in dropped["why"]
+    assert not any("dropped" in row for row in run.rows("rounds")[BAD_ROUND:])
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_reply_ends_the_run_where_that_is_wanted(fault: str, tmp_path: Path) -> None:
+    """The default of a simulation; ``error.txt`` names whom the reply was for, and nothing of the round is kept."""
+    breaks, said = BROKEN[fault]
+    with pytest.raises(PayloadError, match="the reply for clients "):
+        run_with(tmp_path / "run", breaks=breaks, **{"run.on-failure": "fail"})
+    error = (tmp_path / "run" / "error.txt").read_text()
+    assert error.count("\n") == 1
+    assert said.partition("{")[0] in error
+    assert len(Run.open(tmp_path / "run").rows("rounds")) == BAD_ROUND - 1
+
+
+@pytest.mark.parametrize("number", [0, -3, 2**40])
+def test_numbers_of_examples_that_cannot_be(number: int, tmp_path: Path) -> None:
+    """They are the weights of an average."""
+    breaks = array(lambda v: np.full_like(v, number), "examples")
+    run = run_with(tmp_path / "run", breaks=breaks)
+    assert states(run) == states(run_with(tmp_path / "silent", breaks=fails))
+    assert "examples of client" in run.rows("rounds")[1]["dropped"][0]["why"]
+
+
+@pytest.mark.parametrize("method", ["pgfed", "fedfomo"])
+def test_an_update_in_another_clients_name(method: str, tmp_path: Path) -> None:
+    """Methods that keep a row per client need everybody, so the run ends; it names who said so."""
+    with pytest.raises(PayloadError, match=r"the update of client \d is for client 0"):
+        run_with(tmp_path, method, array(lambda v: v * 0, "client"), **{"run.on-failure": "auto"})
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"total": -1}, {"personal_correct": 10**6}, {"global_correct": 10**6}, {"total": "3"}, {"client": 9}],
+    ids=str,
+)
+def test_a_broken_score_is_left_out(fault: dict[str, Any], tmp_path: Path) -> None:
+    """The others' scores stand, and the model is not touched."""
+    straight = run_with(tmp_path / "straight", "apfl")
+    run = run_with(tmp_path / "run", "apfl", rows(lambda r: r[-1].update(fault)), MessageType.EVALUATE)
+    assert states(run) == states(straight)
+    (dropped,) = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
+    assert dropped["exchange"] == "evaluate"
+    kept = [row for row in straight.rows("evaluations") if row["round"] != 2 or row["client"] not in dropped["clients"]]
+    assert run.rows("evaluations") == kept
+
+
+# ---- answers that nobody asked for -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pulled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[list[Message]], list[Message]]], None]]:
+    """Return how to say what becomes of the replies of an exchange."""
+    monkeypatch.setattr(inline, "LoopbackGrid", Misbehaving)
+
+    def says(change: Callable[[list[Message]], list[Message]]) -> None:
+        monkeypatch.setattr(Misbehaving, "pulled", staticmethod(change))
+
+    return says
+
+
+def other(reply: Message) -> Message:
+    """Return another answer to the same order, with other numbers in it."""
+    content = RecordDict({key: reply.content[key] for key in reply.content})
+    if "updates" in content:
+        fields = {key: Array(np.array(a.numpy()) * 7) for key, a in content.array_records["updates"].items()}
+        content["updates"] = ArrayRecord(fields)
+    return make_message(reply.metadata, content)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_node_that_answers_twice(method: str, pulled: Any, tmp_path: Path) -> None:
+    """The first answer counts, whatever the second says and whether it comes at once or a round later."""
+    straight = run_with(tmp_path / "straight", method)
+    pulled(lambda replies: [*replies, *map(other, replies)])
+    assert run_with(tmp_path / "at-once", method).digest() == straight.digest()
+    kept: list[Message] = []
+
+    def later(replies: list[Message]) -> list[Message]:
+        found = [*kept, *replies]
+        kept.extend(map(other, replies))
+        return found
+
+    pulled(later)
+    run = run_with(tmp_path / "later", method)
+    assert run.digest() == straight.digest()
+    assert not any("dropped" in row for row in run.rows("rounds"))
+
+
+def test_a_broken_answer_is_not_mended_by_a_second(pulled: Any, tmp_path: Path) -> None:
+    """Who answers wrongly has answered; trying again is for the next round."""
+    silent = run_with(tmp_path / "silent", breaks=fails)
+    pulled(lambda replies: [*replies, *map(other, replies)])
+    run = run_with(tmp_path / "run", breaks=array(one(np.nan)))
+    assert states(run) == states(silent)
+
+
+def test_an_answer_to_an_older_round(pulled: Any, tmp_path: Path) -> None:
+    """In round 2 the node sends once more what it had for round 1: that is no answer, and moves nothing."""
+    first: dict[int, Message] = {}
+
+    def stale(replies: list[Message]) -> list[Message]:
+        trained = [reply for reply in replies if "updates" in reply.content.array_records]
+        for reply in trained:
+            node, round = reply.metadata.src_node_id, reply.metadata.group_id
+            if round == "1":
+                first[node] = reply
+            elif node == BAD_NODE and round == str(BAD_ROUND):
+                return [other(first[node]) if one is reply else one for one in replies]
+        return replies
+
+    silent = run_with(tmp_path / "silent", breaks=fails)
+    pulled(stale)
+    # the engine waits for the answer until the timeout
+    run = run_with(tmp_path / "run", **{"run.timeout": 0.5})
+    assert states(run) == states(silent)
+    (dropped,) = run.rows("rounds")[1]["dropped"]
+    assert "did not answer in time" in dropped["why"]
+
+
+# ---- what is finite --------------------------------------------------------------------------------------------------
+
+
+def test_a_huge_but_finite_update_is_averaged(tmp_path: Path) -> None:
+    """Nothing bounds an honest-looking number by default: that takes a robust rule or clipping."""
+    run = run_with(tmp_path / "run", breaks=array(lambda v: v * np.float32(1e6)))
+    assert "dropped" not in run.rows("rounds")[1]
+    assert states(run)[:1] == states(run_with(tmp_path / "straight"))[:1]
+    assert states(run)[1] != states(run_with(tmp_path / "silent", breaks=fails))[1]
+
+
+def test_the_largest_number_makes_all_diverge(tmp_path: Path) -> None:
+    """From such an average nobody trains: the next round has no answer that is finite, says whose, and is not kept."""
+    breaks = array(lambda v: np.full_like(v, np.finfo(np.float32).max))
+    with pytest.raises(RoundError, match=r"0 of 4 clients answered.*client 0.*not finite.*"):
+        run_with(tmp_path, breaks=breaks)
+    assert len(Run.open(tmp_path).rows("rounds")) == BAD_ROUND
+    assert not (tmp_path / "final.safetensors").exists()
+
+
+def test_too_few_are_left(tmp_path: Path) -> None:
+    """Dropping ends where ``run.min-clients`` says, with everybody named."""
+    with pytest.raises(RoundError, match=r"2 of 4 clients answered, and run\.min-clients = 3: the reply for clients"):
+        run_with(tmp_path, breaks=array(one(np.nan)), **{"run.min-clients": 3})
