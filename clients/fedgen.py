@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from clients import fedavg
-from clients.training import Job, Mean, Outcome
+from clients import partial
+from clients.training import Job, Mean, Models, Outcome
 from fedkd.data import Shard
 from fedkd.latent import draw_labels, draw_noise
 from fedkd.losses import cross_entropy, kl
-from fedkd.methods.fedavg import State
 from fedkd.methods.fedgen import Broadcast, Hyper, Update
-
-models = fedavg.models
+from fedkd.partial import State
 
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
@@ -38,7 +36,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     def generate(labels: torch.Tensor) -> torch.Tensor:
         return generator(draw_noise(hyper.variant, (len(labels), hyper.noise), rng).to(device), labels)
 
-    sgd = fedavg.start(job, broadcast, state)
+    sgd = partial.start(job, broadcast, state)
     loss, generated_loss, latent_loss = Mean(), Mean(), Mean()
     drawn = torch.zeros_like(broadcast.label_probabilities, dtype=torch.int64)
     for step, (x, y) in enumerate(job.batches(shard)):
@@ -55,13 +53,20 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
             predicted = job.model(generate(labels), start=hyper.layer)
             total = total + generated_weight * generated_loss.add(cross_entropy(predicted, labels))
         sgd.step(total)
-    base = fedavg.finish(job, shard, loss)
+    base = partial.finish(job, shard, loss)
     metrics = dict(base.metrics)
     if generated_loss.weight:
         metrics["generated_loss"] = generated_loss.metric()
     if latent_loss.weight:
         metrics["latent_loss"] = latent_loss.metric()
     return Outcome(Update(**base.update.tensors(), label_counts=drawn), base.state, metrics)
+
+
+def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Models:
+    """The global model, and where the predictor alone is shared, the client's own features under it."""
+    hyper: Hyper = job.hyper
+    both = partial.models(job, broadcast, state, shard)
+    return both if hyper.share == "predictor" else both._replace(personal=None)
 
 
 def _weights(hyper: Hyper, round: int) -> tuple[float, float]:

@@ -120,9 +120,10 @@ class DataSection(Section):
         0, ge=0, description="further clients of the partition, held out of the run for `fedkd adapt`; 0: none"
     )
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training data that is dealt out")
-    test: Literal["pooled", "own-labels"] = Field(
+    test: Literal["pooled", "own-labels", "official"] = Field(
         "pooled",
-        description="pooled: train and test pooled, each client re-split; own-labels: official test set by own labels",
+        description="pooled: train and test pooled, each client re-split; own-labels: official test set by own labels; "
+        "official: every client scored on all of it",
     )
     test_fraction: float = Field(0.25, gt=0, lt=1, description="a client's test share under the pooled protocol")
     scaling: Literal["symmetric", "standard", "unit"] = Field(

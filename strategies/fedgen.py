@@ -12,17 +12,19 @@ from fedkd.errors import UserError
 from fedkd.latent import draw_labels, draw_noise
 from fedkd.losses import diversity, mean_teacher, weighted_teachers
 from fedkd.methods.fedgen import Broadcast, GeneratorStatistics, GeneratorVector, Hyper, Update
-from fedkd.payload import ClassProbabilities, Count, ParameterVector, Record, SharedStatistics
+from fedkd.partial import SharedVector, statistics_of
+from fedkd.payload import ClassProbabilities, Count, Record, SharedStatistics
 from fedkd.setup import Setup
+from strategies import partial
 from strategies.averaging import average, shares
 from strategies.base import Metrics
 
 
 @dataclass(frozen=True)
 class State(Record):
-    """The global model, the generator with its Adam moments, and the labels that clients draw from."""
+    """The global model or predictor, the generator with its Adam moments, and the labels that clients draw from."""
 
-    parameters: ParameterVector
+    parameters: SharedVector
     statistics: SharedStatistics
     generator: GeneratorVector
     generator_statistics: GeneratorStatistics
@@ -49,9 +51,10 @@ def init(setup: Setup) -> State:
         )
     generator = setup.extras["generator"]
     moments = torch.zeros_like(generator.parameters).cpu()
+    start = partial.init(setup)
     return State(
-        parameters=setup.model.parameters.cpu().clone(),
-        statistics=setup.model.statistics[: setup.sizes["shared_statistics"]].cpu().clone(),
+        parameters=start.parameters,
+        statistics=start.statistics,
         generator=generator.parameters.cpu().clone(),
         generator_statistics=generator.statistics.cpu().clone(),
         adam_mean=moments,
@@ -169,11 +172,11 @@ def _ensemble(setup: Setup, updates: Sequence[Update]) -> Callable[[torch.Tensor
     """Return features ``[batch, ...]`` to the logits ``[clients, batch, classes]`` of all clients' last stages."""
     hyper: Hyper = setup.hyper
     names = setup.staged.stage_names[setup.staged.stage_names.index(hyper.layer) :]
-    parameters = torch.stack([u.parameters for u in updates]).to(setup.model.device)
-    statistics = torch.stack([u.statistics for u in updates]).to(setup.model.device)
-    tensors = setup.model.unflatten(parameters)
-    if statistics.shape[1]:
-        tensors |= setup.model.unflatten_statistics(statistics)
+    shared = hyper.shared(setup.model)
+    tensors = setup.model.unflatten(_placed([u.parameters for u in updates], shared, setup))
+    if setup.sizes["shared_statistics"]:
+        averaged = statistics_of(setup.model, shared)
+        tensors |= setup.model.unflatten_statistics(_placed([u.statistics for u in updates], averaged, setup))
     tensors = {name: view for name, view in tensors.items() if name.split(".")[1] in names}
     module = setup.staged.eval()
 
@@ -183,3 +186,10 @@ def _ensemble(setup: Setup, updates: Sequence[Update]) -> Callable[[torch.Tensor
 
     batched = torch.func.vmap(one, in_dims=(0, None))
     return lambda features: batched(tensors, features)
+
+
+def _placed(vectors: Sequence[torch.Tensor], mask: torch.Tensor, setup: Setup) -> torch.Tensor:
+    """Return the clients' shared parts ``[shared]`` as ``[clients, whole]``, each in its place, zeros elsewhere."""
+    placed = torch.zeros(len(vectors), len(mask))
+    placed[:, mask] = torch.stack(list(vectors))
+    return placed.to(setup.model.device)

@@ -436,3 +436,12 @@ def test_a_class_with_too_few_test_images_leaves_none(idx_root: str) -> None:
     keys: dict[str, Scalar] = {"data.name": "mnist", "data.root": idx_root, "data.test": "own-labels"}
     data = federate(tiny(**{**keys, "run.clients": 11, "data.partition": "iid"}))
     assert [len(rows) for rows in data.test] == [0] * 11
+
+
+def test_the_official_test_set_is_everybodys(idx_root: str) -> None:
+    """All of it for every client, and nothing of it in training."""
+    keys: dict[str, Scalar] = {"data.name": "mnist", "data.root": idx_root, "data.test": "official"}
+    data = federate(tiny(**{**keys, "data.partition": "pathological"}))
+    assert all((rows < 200).all() for rows in data.train)
+    assert all(rows.tolist() == list(range(200, 300)) for rows in data.test)
+    assert data.class_counts("test").tolist() == [[10] * 10] * 6

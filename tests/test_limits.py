@@ -74,6 +74,31 @@ def test_fedgen_as_released_without_its_terms_is_fedavg(run_inline: RunInline) -
     assert gen.rows("evaluations") == avg.rows("evaluations")
 
 
+@pytest.mark.parametrize("keys", [{}, AVERAGED], ids=["mlp", "batch-norm"])
+def test_fedgen_that_shares_its_predictor_and_is_without_terms_is_lg_fedavg(
+    run_inline: RunInline, keys: dict[str, Scalar]
+) -> None:
+    """The predictor is what LG-FedAvg calls the global head; only the generator's server sees a difference."""
+    terms: dict[str, Scalar] = {"fedgen.alpha": 0.0, "fedgen.beta": 0.0}
+    gen = run_inline("fedgen", **{"fedgen.share": "predictor", **terms, **keys})
+    head = run_inline("lg_fedavg", **keys)
+    assert torch.equal(parameters(gen), parameters(head))
+    assert gen.rows("evaluations") == head.rows("evaluations")
+    spoken = run_inline("fedgen", **{"fedgen.share": "predictor", **keys})
+    assert scores(spoken, "personal") != scores(head, "personal")
+
+
+def test_what_fedgen_shares_is_all_that_its_server_needs(run_inline: RunInline) -> None:
+    """Eq. 4 reads the predictors alone, so in the first round both ways of sharing train one and the same generator."""
+    whole, part = (
+        load_file(run_inline("fedgen", **{"run.rounds": 1, "fedgen.share": share}).folder / "final.safetensors")
+        for share in ("model", "predictor")
+    )
+    assert torch.equal(whole["generator"], part["generator"])
+    assert len(part["parameters"]) < len(whole["parameters"])
+    assert torch.equal(whole["parameters"][-len(part["parameters"]) :], part["parameters"])
+
+
 def test_fedgen_of_the_paper_without_its_term_is_the_plain_mean(run_inline: RunInline) -> None:
     """Algorithm 1 averages uniformly, so the limit is FedAvg with uniform weights."""
     gen = run_inline("fedgen", **{"fedgen.variant": "paper", "fedgen.eq5-weight": 0.0})
@@ -324,9 +349,10 @@ def test_training_goes_on_from_the_clients_own_statistics(worker: Callable[..., 
     node = worker(method, **NORMED)
     server = importlib.import_module(f"strategies.{method}")
     broadcast = server.broadcast(node.setup, server.init(node.setup), 1)
+    first = node.half.update(node.job(1, 0), broadcast, None, node.shard(0, "train")).state
     after = []
     for value in (1.0, 3.0):
-        mine = State(statistics=torch.full((44,), value), last_round=torch.tensor(1))
+        mine = dataclasses.replace(first, statistics=torch.full((44,), value))
         after.append(node.half.update(node.job(2, 0), broadcast, mine, node.shard(0, "train")).state.statistics)
     assert torch.allclose(after[1] - after[0], torch.full((44,), 2 * 0.9**4), atol=1e-5)
 

@@ -143,7 +143,7 @@ def test_published_values_stand_beside_the_rows() -> None:
 
 def test_fedgen_table_is_the_one_that_was_measured() -> None:
     """The committed results hold for these settings and no others; both larger scales are the paper's own size."""
-    cpu, paper = Experiment.read("fedgen", "cpu"), Experiment.read("fedgen", "paper")
+    cpu, paper = Experiment.read("fedgen/table1", "cpu"), Experiment.read("fedgen/table1", "paper")
     assert cpu.settings == paper.settings
     assert (cpu.metric, cpu.best_rounds) == ("weighted", 5)
     config = Config.from_flat(cpu.flat(cpu.rows[0], 0, {}))
@@ -155,12 +155,12 @@ def test_fedgen_table_is_the_one_that_was_measured() -> None:
     ("words", "said"),
     [
         (["fedgan"], "unknown experiment 'fedgan'; did you mean 'fedgen'?"),
-        (["fedgen/table9"], "unknown experiment 'fedgen/table9'; did you mean 'fedgen/table1'?"),
-        (["fedgen", "--scale", "cpus"], "unknown scale 'cpus'; did you mean 'cpu'? (known: smoke, cpu, paper)"),
+        (["pgfed/cifar11"], "unknown experiment 'pgfed/cifar11'; did you mean 'pgfed/cifar10'?"),
+        (["pgfed", "--scale", "cpus"], "unknown scale 'cpus'; did you mean 'cpu'? (known: smoke, cpu, paper)"),
         (["fedd2s/cifar10", "--scale", "paper"], "fedd2s/cifar10 has no scale 'paper' (it has: smoke, cpu)"),
         (["fedd2s"], "'fedd2s' has several tables; name one: fedd2s/cifar10, fedd2s/femnist"),
-        (["fedgen", "--scale", "smoke", "--seeds", "1,x"], "--seeds '1,x' is not a list of whole numbers"),
-        (["fedgen", "--scale", "smoke", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["pgfed", "--scale", "smoke", "--seeds", "1,x"], "--seeds '1,x' is not a list of whole numbers"),
+        (["pgfed", "--scale", "smoke", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
     ],
 )
 def test_mistakes_get_one_line_and_code_2(

@@ -231,14 +231,16 @@ def _short_hash(content: bytes) -> str:
 
 def _deal(config: Config, images: Images) -> Parts:
     data, clients, seed = config.data, config.run.clients + config.data.newcomers, config.data_seed
-    if data.test == "own-labels":
+    if data.test != "pooled":
         if len(images.test_y) == 0:
             raise UserError(
-                f"data.test = 'own-labels' needs an official test set, and '{data.name}' has none; "
+                f"data.test = '{data.test}' needs an official test set, and '{data.name}' has none; "
                 "take data.test=pooled"
             )
         train, public = _partition(data, images.train_y, images.train_writer, clients, seed)
-        return train, _own_label_test(images, train), [public]
+        if data.test == "own-labels":
+            return train, _own_label_test(images, train), [public]
+        return train, [np.arange(len(images.test_y)) + len(images.train_y)] * clients, [public]
     labels = np.concatenate([images.train_y, images.test_y])
     writers = np.concatenate([images.train_writer, images.test_writer])
     held, public = _partition(data, labels, writers, clients, seed)

@@ -23,10 +23,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from fedkd import partial
 from fedkd.config import HyperParameters
 from fedkd.latent import build_generator
 from fedkd.method import Method, Paper
-from fedkd.methods import fedavg
 from fedkd.models import FlatModel, StagedModel
 from fedkd.payload import ClassCounts, ClassProbabilities, Spec
 from fedkd.rng import Streams
@@ -41,7 +41,12 @@ class Hyper(HyperParameters):
     """Settings of FedGen; those of one variant only say so."""
 
     variant: Literal["paper", "authors"] = Field("authors", description="which reading (see `fedkd show fedgen`)")
-    layer: str = Field("head", description="stage of the model that the generator feeds; what is before it is private")
+    layer: str = Field("head", description="stage of the model that the generator feeds")
+    share: Literal["model", "predictor"] = Field(
+        "model",
+        description="what is averaged: the whole model, or the stages from `layer` on, the rest staying personal "
+        "(Sec. 3.3); with zero weights that is fedavg or lg_fedavg",
+    )
     noise: int = Field(32, ge=1, description="width of the generator's noise")
     hidden: int = Field(256, ge=1, description="hidden width of the generator")
     generator_steps: int = Field(50, ge=0, description="Adam steps on the generator per round; 0 leaves it random")
@@ -95,10 +100,16 @@ class Hyper(HyperParameters):
         json_schema_extra={"only": {"variant": "authors"}},
     )
 
+    def shared(self, model: FlatModel) -> torch.Tensor:
+        """Return the mask ``[P]`` of the parameters that travel."""
+        if self.share == "model":
+            return model.slice_of(lambda name: True)
+        return partial.from_stage(model, self.layer, "fedgen.layer")
+
 
 @dataclass(frozen=True)
-class Broadcast(fedavg.Broadcast):
-    """The global model, the generator, and the distribution that clients draw labels from."""
+class Broadcast(partial.Broadcast):
+    """The global model or predictor, the generator, and the distribution that clients draw labels from."""
 
     generator: GeneratorVector
     generator_statistics: GeneratorStatistics
@@ -106,8 +117,8 @@ class Broadcast(fedavg.Broadcast):
 
 
 @dataclass(frozen=True)
-class Update(fedavg.Update):
-    """A locally trained model, the examples behind it, and the labels drawn in its local steps."""
+class Update(partial.Update):
+    """A locally trained model or predictor, the examples behind it, and the labels drawn in its local steps."""
 
     label_counts: ClassCounts
 
@@ -127,7 +138,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=Broadcast,
     Update=Update,
-    State=fedavg.State,
+    State=partial.State,
     paper=Paper(
         authors="Zhu, Hong, Zhou",
         title="Data-Free Knowledge Distillation for Heterogeneous Federated Learning",
@@ -136,4 +147,5 @@ METHOD = Method(
     ),
     variants=("paper", "authors"),
     extras=extras,
+    sizes=partial.sizes,
 )
