@@ -15,6 +15,7 @@ import queue
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,23 @@ def bare_loop(processes: int) -> float:
     for worker in workers:
         worker.start()
     try:
-        return max(float(results.get(timeout=LONGEST)) for _ in workers)
-    except queue.Empty:
-        raise RuntimeError(f"the bare loop gave nothing within {LONGEST} s (exit codes above)") from None
+        return max(_next(results, workers) for _ in workers)
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+def _next(results: Any, workers: Sequence[Any]) -> float:
+    """Return the next worker's seconds; an error as soon as one has failed, since the others wait for it."""
+    deadline = time.monotonic() + LONGEST
+    while time.monotonic() < deadline:
+        try:
+            return float(results.get(timeout=1))
+        except queue.Empty:
+            if failed := [worker.exitcode for worker in workers if worker.exitcode]:
+                raise RuntimeError(f"a process of the bare loop ended with exit code {failed[0]}") from None
+    raise RuntimeError(f"the bare loop gave nothing within {LONGEST:.0f} s")
 
 
 def _bare_worker(clients: int, barrier: Any, results: Any) -> None:
