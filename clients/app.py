@@ -33,6 +33,7 @@ from fedkd.payload import PayloadError, Record, pack, unpack
 from fedkd.results import run_folder
 from fedkd.setup import Setup
 from fedkd.state import ClientStore
+from fedkd.sums import Total, in_use
 
 app = ClientApp()
 
@@ -76,6 +77,7 @@ def train(message: Message, context: Context) -> Message:
     worker = _worker_of(order, context)
     broadcast = worker.broadcast(message)
     personal = worker.personal(message, order.clients)
+    pooled = Total(worker.config, worker.sum) if worker.sum else None
     updates, rows = [], []
     for client in order.clients:
         began = time.perf_counter()
@@ -88,12 +90,15 @@ def train(message: Message, context: Context) -> Message:
             if new_state is not None:
                 new_state.check(worker.setup.of(client).sizes, "the client")
                 worker.store.save(new_state, client, order.round)
-        updates.append(update)
+            if pooled:
+                pooled.add(update, client)
+            else:
+                updates.append(update)
         row: dict[str, Any] = {"client": client, "examples": len(worker.shard(client, "train"))}
         for name, (total, weight) in metrics.items():
             row[f"{name}_sum"], row[f"{name}_weight"] = total, weight
         rows.append(row | {"seconds": time.perf_counter() - began})
-    return Message(protocol.reply(rows, updates=pack(updates)), reply_to=message)
+    return Message(protocol.reply(rows, updates=pack([pooled.record()] if pooled else updates)), reply_to=message)
 
 
 @app.evaluate()
@@ -148,6 +153,7 @@ class Worker:
     def __init__(self, config: Config, run_id: int, place: Place | None = None, run: str = "") -> None:
         self.config, self.place = config, place
         self.method = load(config.run.method).under(config.hyper)
+        self.sum = self.method.Sum if in_use(config, self.method) else None
         self.half = importlib.import_module(f"clients.{self.method.name}")
         self.device = pick_device(config.run.device)
         self.data = hosted(config, place) if place else federate(config)

@@ -51,6 +51,11 @@ class RunSection(Section):
     checkpoint_every: int = Field(
         10, ge=1, description="rounds between checkpoints, from which `fedkd resume` goes on with an interrupted run"
     )
+    exchange: Literal["updates", "sums"] = Field(
+        "updates",
+        description="what nodes send: every client's update, or their exact sum where the server only averages; "
+        "the last digits differ",
+    )
     on_failure: Literal["auto", "fail", "drop"] = Field(
         "auto",
         description="clients that fail, are late or answer wrongly end the run, or are dropped from the round; "

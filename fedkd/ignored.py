@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any
 
 from fedkd.config import Config, Scalar
+from fedkd.method import load
 
 _COMMON: dict[str, tuple[str, Callable[[Config], bool]]] = {
     **{
         f"data.{name}": ("data.partition", lambda c: c.data.partition != "devices")
         for name in ("config", "fraction", "newcomers", "seed", "test")
     },
+    "run.exchange": ("run.method", lambda c: load(c.run.method).Sum is not None),
     "data.alpha": ("data.partition", lambda c: c.data.partition in ("dirichlet", "fedgen")),
     "data.min-size": ("data.partition", lambda c: c.data.partition in ("dirichlet", "fedgen")),
     "data.classes-per-client": ("data.partition", lambda c: c.data.partition == "pathological"),

@@ -45,6 +45,8 @@ class Method:
         State: what a client keeps between its participations.
         Personal: what the server sends to one client only, beside the broadcast; None: nothing.
         Scoring: what the server sends to all clients when they are scored; None: the broadcast.
+        Sum: what a node may send for all of its clients at once (``run.exchange``), if averaging updates is all that
+            the server does with them; None: it needs them one by one.
         paper: the source; None for a control.
         variants: readings of the paper that ``<name>.variant`` selects.
         extras: ``(hyper, model, classes, streams, device)`` to workspaces beside the model that both halves hold, by
@@ -63,6 +65,7 @@ class Method:
     State: type[Record]
     Personal: type[Record] | None = None
     Scoring: type[Record] | None = None
+    Sum: type[Record] | None = None
     paper: Paper | None = None
     variants: tuple[str, ...] = ()
     extras: Callable[..., dict[str, FlatModel]] | None = None

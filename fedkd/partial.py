@@ -13,10 +13,12 @@ import torch
 
 from fedkd.methods import fedavg
 from fedkd.models import FlatModel, StagedModel
-from fedkd.payload import Count, Record, SharedStatistics, Spec, Statistics
+from fedkd.payload import Count, Examples, Record, SharedStatistics, Spec, Statistics, StatisticsSum
 
 SharedVector = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.float32)]
 """The parameters that travel, in the order of the model's vector."""
+SharedSum = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.int64, least=-(2**62), most=2**62)]
+"""A sum of what travels, in units of :data:`fedkd.sums.UNIT`."""
 OwnVector = Annotated[torch.Tensor, Spec(("own_parameters",), torch.float32)]
 """The parameters that stay with the client, in the order of the model's vector."""
 
@@ -47,6 +49,16 @@ class Update(Record):
     parameters: SharedVector
     statistics: SharedStatistics
     examples: Count
+
+
+@dataclass(frozen=True)
+class Sum(Record):
+    """The weighted sum of several clients' shared parts, and what is behind it (:mod:`fedkd.sums`)."""
+
+    parameters: SharedSum
+    statistics: StatisticsSum
+    examples: Examples
+    clients: Examples
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,14 @@ class Spec:
         shape: the dimensions.
         dtype: of the values.
         least: the smallest whole number that is allowed.
+        most: the largest one.
         below: name of a dimension, for whole numbers that count its places from 0.
     """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
     least: int = 0
+    most: int = MOST
     below: str = ""
 
     def resolve(self, sizes: Sizes) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ class Spec:
 
     def range(self, sizes: Sizes) -> tuple[int, int]:
         """Return the smallest and the largest whole number that are allowed."""
-        return self.least, sizes[self.below] - 1 if self.below else MOST
+        return self.least, sizes[self.below] - 1 if self.below else self.most
 
 
 ParameterVector = Annotated[torch.Tensor, Spec(("parameters",), torch.float32)]
@@ -77,6 +79,10 @@ Count = Annotated[torch.Tensor, Spec((), torch.int64)]
 """One whole number, not below zero."""
 Examples = Annotated[torch.Tensor, Spec((), torch.int64, least=1)]
 """Number of examples that a client trained on; there is one at least, and averages may divide by it."""
+ParameterSum = Annotated[torch.Tensor, Spec(("parameters",), torch.int64, least=-(2**62), most=2**62)]
+"""A sum of parameter vectors, in units of :data:`fedkd.sums.UNIT`."""
+StatisticsSum = Annotated[torch.Tensor, Spec(("shared_statistics",), torch.int64, least=-(2**62), most=2**62)]
+"""A sum of running statistics, in units of :data:`fedkd.sums.UNIT`."""
 Client = Annotated[torch.Tensor, Spec((), torch.int64, below="clients")]
 """Number of the client whose record it is; the server refuses another client's."""
 
@@ -185,14 +191,22 @@ def _decoded(array: Array) -> npt.NDArray[Any]:
     """
     if array.stype != SType.NUMPY:
         raise ValueError(f"serialized as '{array.stype}'")
-    buffer = io.BytesIO(array.data)
+    buffer = io.BytesIO(array.data)  # which shares the bytes
     if np.lib.format.read_magic(buffer) != (1, 0):
         raise ValueError("not version 1.0 of NumPy's format")
     shape, columns_first, dtype = np.lib.format.read_array_header_1_0(buffer)
-    values = buffer.read()
-    if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(values):
-        raise ValueError(f"{len(values)} bytes are no {dtype} of shape {shape}")
-    return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C").copy()
+    header = buffer.tell()
+    length = len(array.data) - header
+    if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length:
+        raise ValueError(f"{length} bytes are no {dtype} of shape {shape}")
+    values = np.frombuffer(array.data, dtype, offset=header) if length else np.empty(0, dtype)
+    return values.reshape(shape, order="F" if columns_first else "C").copy()
+
+
+def declared_bytes(kind: type[Record], sizes: Sizes) -> int:
+    """Return what :func:`wire_bytes` is for every record of a type whose shapes are the declared ones."""
+    dtypes = {spec.dtype: str(torch.empty(0, dtype=spec.dtype).numpy().dtype) for spec in kind.specs().values()}
+    return sum(_array_bytes(spec.resolve(sizes), dtypes[spec.dtype]) for spec in kind.specs().values())
 
 
 def wire_bytes(record: Record) -> int:

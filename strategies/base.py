@@ -29,9 +29,10 @@ from fedkd.data import FederatedData
 from fedkd.data.devices import Federation
 from fedkd.errors import UserError
 from fedkd.method import Method, load
-from fedkd.payload import PayloadError, Record, pack, unpack, wire_bytes
+from fedkd.payload import PayloadError, Record, declared_bytes, pack, unpack, wire_bytes
 from fedkd.results import Recorder, merge_rows
 from fedkd.setup import Setup
+from fedkd.sums import in_use, mean
 from strategies import privacy, robust
 
 _log = logging.getLogger("flwr")
@@ -71,6 +72,7 @@ class FederatedStrategy(Strategy):
         self._config = json.dumps(setup.config.flat(), sort_keys=True)
         self.costs = list(costs)
         self.state: Record = half.init(setup)
+        self._sum = self.method.Sum if in_use(setup.config, self.method) else None
         self._drops = drops(setup.config, self.method, self.state)
         run = setup.config.run
         robust.check(setup.config, self.method, self.state, run.min_clients if self._drops else run.cohort)
@@ -122,32 +124,32 @@ class FederatedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the updates, hand them to the server half in client order, and write the round down."""
         round = self._before + server_round
-        updates: dict[int, Record] = {}
-        rows: list[protocol.Row] = []
+        config, rows = self.setup.config, list[protocol.Row]()
+        updates: dict[int, Record] = {}  # by client; a sum by the first of its clients
         self._dropped = []
 
         def read(clients: list[int], reply: Message) -> None:
-            owners = [f"client {client}" for client in clients]
-            records = unpack(self.method.Update, protocol.arrays(reply, "updates"), self.setup.sizes, owners)
-            for client, record in zip(clients, records, strict=True):
-                if (said := int(getattr(record, "client", client))) != client:
-                    raise PayloadError(f"the update of client {client} is for client {said}")
-            updates.update(zip(clients, records, strict=True))
+            updates.update(self._sum_of(clients, reply) if self._sum else self._updates_of(clients, reply))
             rows.extend(protocol.read_rows(reply))
 
         self._collect(MessageType.TRAIN, replies, read)
+        bytes_up = declared_bytes(self.method.Update, self.setup.sizes)
         for row in rows:
-            row |= {"bytes_down": self._bytes_down[row["client"]], "bytes_up": wire_bytes(updates[row["client"]])}
+            row |= {"bytes_down": self._bytes_down[row["client"]], "bytes_up": bytes_up}
         arrived = time.perf_counter()
-        answered = [client for client in self._cohort if client in updates]
-        taken = robust.screened(self.setup.config, self._broadcast, {c: updates[c] for c in answered})
-        state, metrics = self.half.update(self.setup, self.state, list(taken.values()), round)
+        answered = sorted(row["client"] for row in rows)
+        if self._sum:
+            given, selected = [mean(config, list(updates.values()), self.method.Update)], answered
+        else:
+            taken = robust.screened(config, self._broadcast, {client: updates[client] for client in answered})
+            given, selected = list(taken.values()), list(taken)
+        state, metrics = self.half.update(self.setup, self.state, given, round)
         self.state = privacy.noised(self.setup, state, round).check(self.setup.sizes, "the server")
         done = time.perf_counter()
         self._row = {"round": round, "clients": answered, "state": state_hash(self.state)}
-        if len(taken) < len(answered):
-            self._row["selected"] = list(taken)
-        self._row |= privacy.spent(self.setup.config, round)
+        if len(selected) < len(answered):
+            self._row["selected"] = selected
+        self._row |= privacy.spent(config, round)
         for name, (total, weight) in metrics.items():
             self._row[f"{name}_sum"], self._row[f"{name}_weight"] = total, weight
         self._row |= {"seconds_train": arrived - self._began, "seconds_server": done - arrived}
@@ -155,6 +157,24 @@ class FederatedStrategy(Strategy):
             self.recorder.write("clients", merge_rows(rows, {"round": round}))
         loss = sum(r["loss_sum"] for r in rows) / max(sum(r["loss_weight"] for r in rows), 1)
         return self._arrays(), MetricRecord({"loss": float(loss)})
+
+    def _updates_of(self, clients: list[int], reply: Message) -> dict[int, Record]:
+        """Return the updates that a node sent, by client."""
+        owners = [f"client {client}" for client in clients]
+        records = unpack(self.method.Update, protocol.arrays(reply, "updates"), self.setup.sizes, owners)
+        for client, record in zip(clients, records, strict=True):
+            if (said := int(getattr(record, "client", client))) != client:
+                raise PayloadError(f"the update of client {client} is for client {said}")
+        return dict(zip(clients, records, strict=True))
+
+    def _sum_of(self, clients: list[int], reply: Message) -> dict[int, Record]:
+        """Return the sum that a node sent for all of its clients, under the first of them."""
+        assert self._sum is not None
+        owner = f"clients {listed(clients)}"
+        [total] = unpack(self._sum, protocol.arrays(reply, "updates"), self.setup.sizes, [owner])
+        if (said := int(total.tensors()["clients"])) != len(clients):
+            raise PayloadError(f"the sum of {owner} is of {said}")
+        return {clients[0]: total}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -87,6 +87,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=fedavg.Broadcast,
     Update=fedavg.Update,
+    Sum=fedavg.Sum,
     State=State,
     paper=Paper(
         authors="Deng, Kamani, Mahdavi",

@@ -41,6 +41,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=fedavg.Broadcast,
     Update=fedavg.Update,
+    Sum=fedavg.Sum,
     State=State,
     paper=Paper(
         authors="Li, Hu, Beirami, Smith",

@@ -9,7 +9,16 @@ from pydantic import Field
 
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
-from fedkd.payload import Count, Examples, ParameterVector, Record, SharedStatistics, Statistics
+from fedkd.payload import (
+    Count,
+    Examples,
+    ParameterSum,
+    ParameterVector,
+    Record,
+    SharedStatistics,
+    Statistics,
+    StatisticsSum,
+)
 
 
 class Hyper(HyperParameters):
@@ -38,6 +47,16 @@ class Update(Record):
 
 
 @dataclass(frozen=True)
+class Sum(Record):
+    """The weighted sum of several clients' models, and what is behind it (:mod:`fedkd.sums`)."""
+
+    parameters: ParameterSum
+    statistics: StatisticsSum
+    examples: Examples
+    clients: Examples
+
+
+@dataclass(frozen=True)
 class State(Record):
     """What a client keeps: its BatchNorm running statistics and when it last took part."""
 
@@ -52,6 +71,7 @@ METHOD = Method(
     Broadcast=Broadcast,
     Update=Update,
     State=State,
+    Sum=Sum,
     paper=Paper(
         authors="McMahan, Moore, Ramage, Hampson, Agüera y Arcas",
         title="Communication-Efficient Learning of Deep Networks from Decentralized Data",

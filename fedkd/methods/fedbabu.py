@@ -43,6 +43,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=partial.Broadcast,
     Update=partial.Update,
+    Sum=partial.Sum,
     State=partial.State,
     paper=Paper(
         authors="Oh, Kim, Yun",

@@ -27,6 +27,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=partial.Broadcast,
     Update=partial.Update,
+    Sum=partial.Sum,
     State=partial.State,
     paper=Paper(
         authors="Li, Jiang, Zhang, Kamp, Dou",

@@ -20,6 +20,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=fedavg.Broadcast,
     Update=fedavg.Update,
+    Sum=fedavg.Sum,
     State=fedavg.State,
     paper=Paper(
         authors="Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith",

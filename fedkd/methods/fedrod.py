@@ -68,6 +68,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=fedavg.Broadcast,
     Update=fedavg.Update,
+    Sum=fedavg.Sum,
     State=State,
     paper=Paper(
         authors="Chen, Chao",

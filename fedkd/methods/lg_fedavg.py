@@ -30,6 +30,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=partial.Broadcast,
     Update=partial.Update,
+    Sum=partial.Sum,
     State=partial.State,
     paper=Paper(
         authors="Liang, Liu, Ziyin, Allen, Auerbach, Brent, Salakhutdinov, Morency",

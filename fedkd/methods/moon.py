@@ -39,6 +39,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=fedavg.Broadcast,
     Update=fedavg.Update,
+    Sum=fedavg.Sum,
     State=fedavg_ft.State,
     paper=Paper(
         authors="Li, He, Song",

@@ -55,6 +55,7 @@ METHOD = Method(
     hyper=Hyper,
     Broadcast=fedavg.Broadcast,
     Update=fedavg.Update,
+    Sum=fedavg.Sum,
     State=fedavg.State,
     paper=Paper(
         authors="Fallah, Mokhtari, Ozdaglar",

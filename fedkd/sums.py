@@ -1,0 +1,90 @@
+"""Sums of clients' models, which a node may send in the place of the models (``run.exchange = "sums"``).
+
+A server that only averages needs no more than the sum, so a node that trains fifty clients sends one vector instead of
+fifty.  Each number is rounded to a whole multiple of :data:`UNIT` and added as a whole number; that is associative, so
+the sum has the same bits however the clients are spread over nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fedkd.config import AggregationSection, Config
+from fedkd.method import Method
+from fedkd.payload import PayloadError, Record
+
+UNIT = 2.0**-32
+"""What is counted; half of it, over the sum of the weights, is the most by which a client's part may be off."""
+LARGEST = 2.0**30
+"""What no number may exceed in the sum over a round's clients, so that it fits 64 bits with room to spare."""
+_BLOCK = 1 << 15
+"""Numbers that are added at once: few enough to stay in the processor's cache on the way."""
+
+
+def in_use(config: Config, method: Method) -> bool:
+    """Return whether nodes send sums: it is asked for, and the server does nothing with single models."""
+    plain = config.aggregation == AggregationSection() and not config.privacy.on
+    return config.run.exchange == "sums" and method.Sum is not None and plain
+
+
+class Total:
+    """The sum of some clients' updates.
+
+    Args:
+        config: the run's configuration.
+        kind: the method's ``Sum``.
+    """
+
+    def __init__(self, config: Config, kind: type[Record]) -> None:
+        self._kind, self._most = kind, LARGEST / config.run.cohort
+        self._weight = weight_of(config)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts = {"examples": 0, "clients": 0}
+
+    def add(self, update: Record, client: int) -> None:
+        """Add an update ``(theta_k, n_k)`` with its weight, n_k or 1.
+
+        Raises:
+            PayloadError: a number of it is so large that the sum might not fit.
+        """
+        fields = update.tensors()
+        counts = {"examples": int(fields.pop("examples")), "clients": 1}
+        for name, vector in fields.items():
+            values = vector.cpu()
+            if len(values) and float(values.abs().max()) * counts[self._weight] > self._most:
+                raise PayloadError(f"{name} of client {client} is too large to be added up: the client diverged")
+            total = self._sums.setdefault(name, torch.zeros(len(values), dtype=torch.int64))
+            for part, block in zip(torch.split(total, _BLOCK), torch.split(values, _BLOCK), strict=True):
+                part.add_(block.double().mul_(counts[self._weight] / UNIT).round_().to(torch.int64))
+        for name, count in counts.items():
+            self._counts[name] += count
+
+    def record(self) -> Record:
+        """Return what the node sends."""
+        counts = {name: torch.tensor(count) for name, count in self._counts.items()}
+        return self._kind(**self._sums, **counts)
+
+
+def weight_of(config: Config) -> str:
+    """Return what clients weigh by, a field of the sum: their ``examples``, or the number of ``clients``."""
+    return "examples" if getattr(config.hyper, "weighting", "uniform") == "examples" else "clients"
+
+
+def mean(config: Config, sums: Sequence[Any], kind: type[Record]) -> Record:
+    """Return the mean of all models, as one update with all examples behind it.
+
+    Args:
+        config: the run's configuration.
+        sums: of the nodes that answered, in any order.
+        kind: the method's ``Update``.
+    """
+    weight = sum(int(getattr(one, weight_of(config))) for one in sums)
+    fields = {"examples": torch.tensor(sum(int(one.examples) for one in sums))}
+    for name in kind.specs():
+        if name not in fields:
+            total = torch.stack([getattr(one, name) for one in sums]).sum(dim=0)
+            fields[name] = total.double().mul_(UNIT / weight).float()
+    return kind(**fields)
