@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 
-.PHONY: docs run test test-fast check format bench config clean
+.PHONY: docs run test test-fast test-field test-reproductions check format bench config clean
 
 run: .venv/installed
 	$(BIN)/fedkd compare fedavg fedavg_ft fedgen --engine simulation --rounds 30 --seeds 1,2,3 --out runs/digits
@@ -13,6 +13,12 @@ test: .venv/installed-dev
 
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
+
+test-field: .venv/installed-dev
+	$(BIN)/python -m pytest -m field --dist load
+
+test-reproductions: .venv/installed-dev
+	$(BIN)/python -m pytest -m reproduction --dist load
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
