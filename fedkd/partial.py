@@ -17,7 +17,7 @@ from fedkd.payload import Count, Examples, Record, SharedStatistics, Spec, Stati
 
 SharedVector = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.float32)]
 """The parameters that travel, in the order of the model's vector."""
-SharedSum = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.int64, least=-(2**62), most=2**62)]
+SharedSum = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.float64)]
 """A sum of what travels, in units of :data:`fedkd.sums.UNIT`."""
 OwnVector = Annotated[torch.Tensor, Spec(("own_parameters",), torch.float32)]
 """The parameters that stay with the client, in the order of the model's vector."""

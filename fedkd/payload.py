@@ -47,14 +47,12 @@ class Spec:
         shape: the dimensions.
         dtype: of the values.
         least: the smallest whole number that is allowed.
-        most: the largest one.
         below: name of a dimension, for whole numbers that count its places from 0.
     """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
     least: int = 0
-    most: int = MOST
     below: str = ""
 
     def resolve(self, sizes: Sizes) -> tuple[int, ...]:
@@ -62,7 +60,7 @@ class Spec:
 
     def range(self, sizes: Sizes) -> tuple[int, int]:
         """Return the smallest and the largest whole number that are allowed."""
-        return self.least, sizes[self.below] - 1 if self.below else self.most
+        return self.least, sizes[self.below] - 1 if self.below else MOST
 
 
 ParameterVector = Annotated[torch.Tensor, Spec(("parameters",), torch.float32)]
@@ -79,9 +77,9 @@ Count = Annotated[torch.Tensor, Spec((), torch.int64)]
 """One whole number, not below zero."""
 Examples = Annotated[torch.Tensor, Spec((), torch.int64, least=1)]
 """Number of examples that a client trained on; there is one at least, and averages may divide by it."""
-ParameterSum = Annotated[torch.Tensor, Spec(("parameters",), torch.int64, least=-(2**62), most=2**62)]
+ParameterSum = Annotated[torch.Tensor, Spec(("parameters",), torch.float64)]
 """A sum of parameter vectors, in units of :data:`fedkd.sums.UNIT`."""
-StatisticsSum = Annotated[torch.Tensor, Spec(("shared_statistics",), torch.int64, least=-(2**62), most=2**62)]
+StatisticsSum = Annotated[torch.Tensor, Spec(("shared_statistics",), torch.float64)]
 """A sum of running statistics, in units of :data:`fedkd.sums.UNIT`."""
 Client = Annotated[torch.Tensor, Spec((), torch.int64, below="clients")]
 """Number of the client whose record it is; the server refuses another client's."""
@@ -123,14 +121,15 @@ class Record:
                     f"{type(self).__name__}.{name} of {owner} is {value.dtype} {tuple(value.shape)}, "
                     f"the contract says {spec.dtype} {shape}"
                 )
-            if spec.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+            ends = torch.stack(value.aminmax()) if value.numel() else torch.zeros(2)  # either is NaN if any value is
+            if spec.dtype.is_floating_point and not bool(torch.isfinite(ends).all()):
                 raise PayloadError(
                     f"{type(self).__name__}.{name} of {owner} has a value that is not finite: the client diverged; "
                     "a smaller train.lr is the usual cure"
                 )
             if spec.dtype == torch.int64 and value.numel():
                 least, most = spec.range(sizes)
-                if int(value.min()) < least or int(value.max()) > most:
+                if int(ends[0]) < least or int(ends[1]) > most:
                     raise PayloadError(
                         f"{type(self).__name__}.{name} of {owner} has a number outside {least} to {most}"
                     )

@@ -1,8 +1,8 @@
 """Sums of clients' models, which a node may send in the place of the models (``run.exchange = "sums"``).
 
 A server that only averages needs no more than the sum, so a node that trains fifty clients sends one vector instead of
-fifty.  Each number is rounded to a whole multiple of :data:`UNIT` and added as a whole number; that is associative, so
-the sum has the same bits however the clients are spread over nodes.
+fifty.  Each number is rounded to a whole multiple of :data:`UNIT`.  Whole numbers below 2^53 are added without rounding
+in double precision, so the sum has the same bits however the clients are spread over nodes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fedkd.config import AggregationSection, Config
 from fedkd.method import Method
 from fedkd.payload import PayloadError, Record
 
-UNIT = 2.0**-32
-"""What is counted; half of it, over the sum of the weights, is the most by which a client's part may be off."""
-LARGEST = 2.0**30
-"""What no number may exceed in the sum over a round's clients, so that it fits 64 bits with room to spare."""
-_BLOCK = 1 << 15
+UNIT = 2.0**-28
+"""What is counted; half of it is the most by which a client's part of the sum may be off."""
+LARGEST = 2.0**53 * UNIT
+"""What no sum over a round's clients may reach."""
+_BLOCK = 1 << 17
 """Numbers that are added at once: few enough to stay in the processor's cache on the way."""
 
 
@@ -42,6 +42,7 @@ class Total:
         self._kind, self._most = kind, LARGEST / config.run.cohort
         self._weight = weight_of(config)
         self._sums: dict[str, torch.Tensor] = {}
+        self._block = torch.empty(_BLOCK, dtype=torch.float64)
         self._counts = {"examples": 0, "clients": 0}
 
     def add(self, update: Record, client: int) -> None:
@@ -52,13 +53,18 @@ class Total:
         """
         fields = update.tensors()
         counts = {"examples": int(fields.pop("examples")), "clients": 1}
+        weight = counts[self._weight]
         for name, vector in fields.items():
             values = vector.cpu()
-            if len(values) and float(values.abs().max()) * counts[self._weight] > self._most:
-                raise PayloadError(f"{name} of client {client} is too large to be added up: the client diverged")
-            total = self._sums.setdefault(name, torch.zeros(len(values), dtype=torch.int64))
+            if len(values) and max(map(abs, map(float, values.aminmax()))) * weight >= self._most:
+                raise PayloadError(
+                    f"{name} of client {client} is too large to be added up: the client diverged; a smaller train.lr "
+                    "is the usual cure, else take run.exchange=updates"
+                )
+            total = self._sums.setdefault(name, torch.zeros(len(values), dtype=torch.float64))
             for part, block in zip(torch.split(total, _BLOCK), torch.split(values, _BLOCK), strict=True):
-                part.add_(block.double().mul_(counts[self._weight] / UNIT).round_().to(torch.int64))
+                whole = self._block[: len(block)]
+                part.add_(whole.copy_(block).mul_(weight / UNIT).round_())
         for name, count in counts.items():
             self._counts[name] += count
 
@@ -86,5 +92,5 @@ def mean(config: Config, sums: Sequence[Any], kind: type[Record]) -> Record:
     for name in kind.specs():
         if name not in fields:
             total = torch.stack([getattr(one, name) for one in sums]).sum(dim=0)
-            fields[name] = total.double().mul_(UNIT / weight).float()
+            fields[name] = total.mul_(UNIT / weight).float()
     return kind(**fields)
