@@ -61,8 +61,9 @@ class Total:
                     f"{name} of client {client} is too large to be added up: the client diverged; a smaller train.lr "
                     "is the usual cure, else take run.exchange=updates"
                 )
-            total = self._sums.setdefault(name, torch.zeros(len(values), dtype=torch.float64))
-            for part, block in zip(torch.split(total, _BLOCK), torch.split(values, _BLOCK), strict=True):
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(len(values), dtype=torch.float64)
+            for part, block in zip(torch.split(self._sums[name], _BLOCK), torch.split(values, _BLOCK), strict=True):
                 whole = self._block[: len(block)]
                 part.add_(whole.copy_(block).mul_(weight / UNIT).round_())
         for name, count in counts.items():
