@@ -1,1 +1,6 @@
-"""Benchmarks: ratios within one run on one machine, never absolute claims."""
+"""Benchmarks: how fast fedkd is, and beside what.  Ratios within one run on one machine, never absolute claims.
+
+``python -m bench [QUESTION ...]`` answers one question per file: ``overhead`` and ``pfl`` (how far from the bare
+training loop), ``flower`` (beside a plain Flower app), ``scaling`` (nodes, clients, memory), ``methods`` (where a
+round's time goes) and ``startup``.  :mod:`bench.hostile` is no benchmark but a demonstration.
+"""

@@ -157,7 +157,7 @@ class ModelSection(Section):
     name: str = Field(
         "auto",
         description="auto (fedgen_cnn, or mlp for images under 16 pixels), fedgen_cnn, fedavg_cnn, "
-        "lenet5, mlp, resnet18",
+        "lenet5, mlp, pfl_cnn, resnet18",
     )
     norm: Literal["auto", "batch", "group"] = Field(
         "auto",
@@ -171,6 +171,11 @@ class ModelSection(Section):
         "stream",
         description="initial weights from the run's own random stream, or those that a plain PyTorch script has after "
         "torch.manual_seed(run.seed), so that published runs can start from the same weights",
+    )
+    memory_format: Literal["contiguous", "channels-last"] = Field(
+        "contiguous",
+        description="how images lie in memory; channels-last makes larger convolutions faster and small ones slower, "
+        "and rounds differently (docs/results/speed.md)",
     )
     client_models: str = Field(
         "",

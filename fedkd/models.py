@@ -28,12 +28,14 @@ class StagedModel(nn.Module):
     Args:
         stages: name and module of each stage, first to last.
         input_shape: ``(channels, height, width)`` of an image.
+        channels_last: how convolutions shall lie in memory, for :class:`FlatModel`; images then follow them.
     """
 
-    def __init__(self, stages: OrderedDict[str, nn.Module], input_shape: Shape) -> None:
+    def __init__(self, stages: OrderedDict[str, nn.Module], input_shape: Shape, channels_last: bool = False) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.input_shape = input_shape
+        self.channels_last = channels_last
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -94,9 +96,11 @@ class FlatModel:
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
         self.module = module.to(device)
         self.device = torch.device(device)
+        self.channels_last = isinstance(module, StagedModel) and module.channels_last
         tensors = list(self.module.parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
-        self.parameters = torch.cat([p.detach().reshape(-1) for p in tensors])
+        last = [p.detach().movedim(1, -1) if self.channels_last and p.ndim == 4 else p.detach() for p in tensors]
+        self.parameters = torch.cat([p.reshape(-1) for p in last])
         self.gradient = torch.zeros_like(self.parameters)
         named = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms = [m for _, m in named]
@@ -117,7 +121,12 @@ class FlatModel:
         views, offset = {}, 0
         for name, shape in self.shapes.items():
             size = torch.Size(shape).numel()
-            views[name] = vector[..., offset : offset + size].reshape(*vector.shape[:-1], *shape)
+            part, ahead = vector[..., offset : offset + size], vector.shape[:-1]
+            if self.channels_last and len(shape) == 4:
+                outputs, inputs, height, width = shape
+                views[name] = part.reshape(*ahead, outputs, height, width, inputs).movedim(-1, -3)
+            else:
+                views[name] = part.reshape(*ahead, *shape)
             offset += size
         return views
 
@@ -171,7 +180,8 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(streams.seed if config.init == "torch-seed" else streams.number("model"))
         try:
-            model = StagedModel(OrderedDict(_MODELS[name](config, input_shape, classes)), input_shape)
+            stages = OrderedDict(_MODELS[name](config, input_shape, classes))
+            model = StagedModel(stages, input_shape, config.memory_format == "channels-last")
             model.input_of("head")
         except (RuntimeError, ZeroDivisionError, ValueError) as error:
             advice = "try model.name=mlp" if name != "mlp" else str(error).partition("\n")[0]
@@ -235,6 +245,21 @@ def _lenet5(config: ModelSection, shape: Shape, classes: int) -> Stages:
     yield "head", nn.Linear(84, classes)
 
 
+def _pfl_cnn(config: ModelSection, shape: Shape, classes: int) -> Stages:
+    """The CNN of pfl-research's CIFAR-10 benchmark (Apple): 1,626,442 parameters there.
+
+    Source: apple/pfl-research @ 06651ed, ``benchmarks/model/pytorch/cnn.py``, without its dropout and with PyTorch's
+    initial weights in place of Glorot's.
+    """
+    convolutions: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Sequential(nn.Conv2d(shape[0], 32, 3), nn.ReLU())),
+        ("conv2", nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2))),
+    ]
+    yield from convolutions
+    yield "hidden", nn.Sequential(nn.Flatten(), nn.Linear(_flat_size(convolutions, shape), 128), nn.ReLU())
+    yield "head", nn.Linear(128, classes)
+
+
 def _mlp(config: ModelSection, shape: Shape, classes: int) -> Stages:
     """One hidden layer of ``model.hidden`` units."""
     size = torch.Size(shape).numel()
@@ -283,6 +308,7 @@ _MODELS: dict[str, Callable[[ModelSection, Shape, int], Stages]] = {
     "fedavg_cnn": _fedavg_cnn,
     "lenet5": _lenet5,
     "mlp": _mlp,
+    "pfl_cnn": _pfl_cnn,
     "resnet18": _resnet18,
 }
 

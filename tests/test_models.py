@@ -27,6 +27,7 @@ SIZES = {
     ("fedgen_cnn", MNIST, 26): 26_962,
     ("fedavg_cnn", MNIST, 10): 582_026,
     ("lenet5", MNIST, 10): 61_706,
+    ("pfl_cnn", CIFAR, 10): 1_626_442,
     ("mlp", MNIST, 10): 784 * 64 + 64 + 64 * 10 + 10,
     ("resnet18", CIFAR, 10): 11_173_962,
 }
@@ -204,6 +205,27 @@ def test_laying_out_keeps_the_model() -> None:
     flat = FlatModel(plain)
     assert torch.equal(flat(x), expected)
     assert torch.equal(flat.parameters, torch.cat([p.detach().reshape(-1) for p in plain.parameters()]))
+
+
+@pytest.mark.parametrize("name", ["fedgen_cnn", "fedavg_cnn", "pfl_cnn"])
+def test_channels_last_is_the_same_model_in_another_order(name: str) -> None:
+    """Predictions and gradients are the same up to rounding, weights lie otherwise, and views have their shapes."""
+    plain = FlatModel(made(name, CIFAR))
+    last = FlatModel(made(name, CIFAR, **{"memory-format": "channels-last"}))
+    assert last.shapes == plain.shapes
+    assert not torch.equal(last.parameters, plain.parameters)
+    assert torch.equal(last.parameters.sort().values, plain.parameters.sort().values)
+    x, y = torch.randn(8, *CIFAR), torch.arange(8)
+    gradients = [m.unflatten(m.backward(nn.functional.cross_entropy(m(x), y))) for m in (plain, last)]
+    views = [m.unflatten(m.parameters) for m in (plain, last)]
+    stacked = last.unflatten(last.parameters.expand(2, -1))
+    for key, shape in plain.shapes.items():
+        assert torch.equal(views[0][key], views[1][key])
+        assert torch.equal(stacked[key][1], views[1][key])
+        assert torch.allclose(gradients[0][key], gradients[1][key], rtol=1e-4, atol=1e-5)
+        convolution = len(shape) == 4 and shape[1] > 1
+        assert views[1][key].is_contiguous() != convolution
+        assert not convolution or views[1][key].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_load_sets_parameters_and_statistics(flat: FlatModel) -> None:
