@@ -20,9 +20,6 @@ from fedkd.results import Run
 WORK = Work("mnist", "fedgen_cnn", clients=20, cohort=10, images=200, batch=20)
 ROUNDS = 7
 PARTS = ("broadcast", "client compute", "packing, state", "server compute", "evaluation", "polling, other")
-OWN: dict[str, dict[str, Scalar]] = {}
-"""Further settings of methods that need them; else they have their defaults."""
-
 Row = dict[str, Any]
 
 
@@ -48,8 +45,8 @@ def methods(bench: Bench) -> list[Table]:
 
 
 def _config(name: str, root: Path, folder: Path) -> Config:
-    keys: dict[str, Scalar] = {"run.method": name, "run.rounds": ROUNDS, "run.eval-every": 1, "model.norm": "group"}
-    return Config.from_flat(WORK.config(root, folder).flat() | keys | OWN.get(name, {}))
+    keys: dict[str, Scalar] = {"run__method": name, "run__rounds": ROUNDS, "run__eval_every": 1, "model__norm": "group"}
+    return WORK.config(root, folder, **keys)
 
 
 def _of(lines: Iterable[Row], run: str) -> list[Row]:
