@@ -148,11 +148,11 @@ def test_processes_are_told_apart(command: list[str], expected: str) -> None:
 
 
 def test_memory_is_watched_while_the_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of this process's children, which there are none of, the peaks are zero; of one there is a size."""
+    """Of a child there is a size; it is none of the simulation's processes, and not the only child of a test's process."""
     monkeypatch.setattr(memory, "EVERY", 0.01)
     with Peak() as peak, subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         while not peak.bytes.get("all"):
             time.sleep(0.01)
         child.communicate(b"\n")
-    assert peak.bytes["other"] == peak.bytes["all"] > 0
+    assert 0 < peak.bytes["other"] <= peak.bytes["all"]
     assert peak.bytes["server"] == peak.bytes["node"] == 0
