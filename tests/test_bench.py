@@ -148,7 +148,7 @@ def test_processes_are_told_apart(command: list[str], expected: str) -> None:
 
 
 def test_memory_is_watched_while_the_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a child there is a size; it is none of the simulation's processes, and not the only child of a test's process."""
+    """Of a child there is a size; a test's process may have others, but none of a simulation."""
     monkeypatch.setattr(memory, "EVERY", 0.01)
     with Peak() as peak, subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         while not peak.bytes.get("all"):
