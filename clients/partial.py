@@ -8,7 +8,7 @@ import torch
 
 from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, fine_tuned, initial_statistics
 from fedkd.data import Shard
-from fedkd.partial import Broadcast, Hyper, State, Update, statistics_of
+from fedkd.partial import Broadcast, Hyper, State, Update, put, statistics_of, take
 
 
 def load(job: Job, broadcast: Broadcast, state: State | None, own: bool = True) -> None:
@@ -24,12 +24,12 @@ def load(job: Job, broadcast: Broadcast, state: State | None, own: bool = True) 
     shared = hyper.shared(job.model)
     shared_statistics = statistics_of(job.model, shared)
     parameters, statistics = job.initial_parameters.cpu().clone(), initial_statistics(job.model)
-    parameters[shared] = broadcast.parameters
+    put(broadcast.parameters, shared, parameters)
     if state is not None:
         mine = shared_statistics | own
         statistics[mine] = state.statistics.cpu()[mine]
         if own:
-            parameters[~shared] = state.parameters
+            put(state.parameters, ~shared, parameters)
     if len(broadcast.statistics):
         statistics[shared_statistics] = broadcast.statistics
     job.model.load(parameters, statistics)
@@ -59,11 +59,13 @@ def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
     averaged = job.config.model.norm_statistics == "averaged"
     return Outcome(
         update=Update(
-            parameters=parameters[shared],
+            parameters=take(parameters, shared),
             statistics=statistics[statistics_of(job.model, shared) & averaged],
             examples=torch.tensor(len(shard)),
         ),
-        state=State(parameters=parameters[~shared], statistics=statistics.clone(), last_round=torch.tensor(job.round)),
+        state=State(
+            parameters=take(parameters, ~shared), statistics=statistics.clone(), last_round=torch.tensor(job.round)
+        ),
         metrics={"loss": loss.metric()},
     )
 

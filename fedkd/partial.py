@@ -6,6 +6,7 @@ running statistics go with the layer that they belong to: those of a personal la
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -97,6 +98,28 @@ def statistics_of(model: FlatModel, part: torch.Tensor) -> torch.Tensor:
     for name, view in model.unflatten_statistics(mask).items():
         view.fill_(bool(weights[f"{name.rpartition('.')[0]}.weight"].all()))
     return mask
+
+
+def take(whole: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return a copy of the numbers of ``[..., P]`` that a mask ``[P]`` names, as ``whole[..., mask]`` would.
+
+    Parts of models are a few stretches, which are copied several times as fast as number by number.
+    """
+    return torch.cat([whole[..., begin:end] for begin, end in _stretches(mask)], dim=-1)
+
+
+def put(part: torch.Tensor, mask: torch.Tensor, whole: torch.Tensor) -> None:
+    """Put back into ``whole`` what :func:`take` has taken out, as ``whole[..., mask] = part`` would."""
+    stretches = _stretches(mask)
+    for (begin, end), values in zip(stretches, torch.split(part, [e - b for b, e in stretches], dim=-1), strict=True):
+        whole[..., begin:end] = values
+
+
+def _stretches(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """Return begin and end of each stretch of a mask ``[P]``; of none, an empty one."""
+    changes = (torch.nonzero(mask[1:] != mask[:-1]).flatten() + 1).tolist()
+    ends = [0, *changes, len(mask)]
+    return [(begin, end) for begin, end in itertools.pairwise(ends) if begin < end and mask[begin]] or [(0, 0)]
 
 
 def sizes(hyper: Hyper, model: FlatModel) -> dict[str, int]:

@@ -12,7 +12,7 @@ from fedkd.errors import UserError
 from fedkd.latent import draw_labels, draw_noise
 from fedkd.losses import diversity, mean_teacher, weighted_teachers
 from fedkd.methods.fedgen import Broadcast, GeneratorStatistics, GeneratorVector, Hyper, Update
-from fedkd.partial import SharedVector, statistics_of
+from fedkd.partial import SharedVector, put, statistics_of
 from fedkd.payload import ClassProbabilities, Count, Record, SharedStatistics
 from fedkd.setup import Setup
 from strategies import partial
@@ -191,5 +191,6 @@ def _ensemble(setup: Setup, updates: Sequence[Update]) -> Callable[[torch.Tensor
 def _placed(vectors: Sequence[torch.Tensor], mask: torch.Tensor, setup: Setup) -> torch.Tensor:
     """Return the clients' shared parts ``[shared]`` as ``[clients, whole]``, each in its place, zeros elsewhere."""
     placed = torch.zeros(len(vectors), len(mask))
-    placed[:, mask] = torch.stack(list(vectors))
+    for vector, row in zip(vectors, placed, strict=True):
+        put(vector, mask, row)
     return placed.to(setup.model.device)

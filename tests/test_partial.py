@@ -479,3 +479,17 @@ def test_an_only_class_teaches_fedrods_generic_model_nothing(worker: Callable[..
     _, outcome = exchange(node)
     assert torch.equal(outcome.update.parameters, node.initial)
     assert not torch.equal(outcome.state.personal_head, node.initial[-650:])
+
+
+@pytest.mark.parametrize(
+    "mask", ["1111", "0000", "0011", "1100", "0110", "1001", "10101", "1", "0", ""], ids=lambda mask: mask or "empty"
+)
+def test_a_part_is_taken_and_put_back_as_by_its_mask(mask: str) -> None:
+    """The same numbers as indexing gives, in a vector and in rows, as a copy; and nothing else is touched."""
+    named = torch.tensor([digit == "1" for digit in mask], dtype=torch.bool)
+    for whole in (torch.arange(1.0, len(mask) + 1), torch.arange(3.0 * len(mask)).reshape(3, -1)):
+        part, other = partial.take(whole, named), torch.full_like(whole, -1)
+        assert torch.equal(part, whole[..., named])
+        partial.put(part, named, other)
+        assert torch.equal(other, torch.where(named, whole, -1))
+        assert not len(mask) or part.data_ptr() != whole.data_ptr()
