@@ -129,6 +129,7 @@ class PrivateSuperLink:
         (app / "pyproject.toml").write_text(app_toml(configs), encoding="utf-8")
         share = gpu_share(nodes, _gpus(configs[0])) if gpus is None else gpus
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={share}"
+        before = self._servers()
         with log.open("wb") as output:
             client = subprocess.Popen(
                 ["flwr", "run", str(app), "own", "--stream", "--federation-config", federation],
@@ -139,7 +140,7 @@ class PrivateSuperLink:
                 start_new_session=True,
             )
             try:
-                killed = self._wait(client)
+                killed = self._wait(client, before)
             finally:
                 if client.poll() is None:
                     client.kill()
@@ -148,32 +149,36 @@ class PrivateSuperLink:
             if not (folder / "summary.json").exists():
                 raise SimulationError(f"{_reason(folder, log, killed)} (log: {log})")
 
-    def _wait(self, client: subprocess.Popen[bytes]) -> bool:
+    def _wait(self, client: subprocess.Popen[bytes], before: set[int]) -> bool:
         """Wait until Flower's run has ended; return whether it will never say so, because its process was killed.
 
         Flower would notice that by a heartbeat, after a minute.
+
+        Args:
+            client: what ends with the run.
+            before: what :meth:`_servers` was before it; a process of the run before this one may take time to end.
         """
         seen = False
         while client.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 client.wait(1)
-            if self._server_runs():
+            if self._servers() - before:
                 seen = True
             elif seen:
                 try:
                     client.wait(END_SECONDS)
                 except subprocess.TimeoutExpired:
-                    if not self._server_runs():
+                    if not self._servers() - before:
                         return True
         return False
 
-    def _server_runs(self) -> bool:
-        """Return whether there is a process in which the ServerApp runs."""
+    def _servers(self) -> set[int]:
+        """Return the numbers of the processes in which a ServerApp runs."""
         assert self._process is not None
         children: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
             children = self._process.children(recursive=True)
-        return any(_is_server(process) for process in children)
+        return {process.pid for process in children if _is_server(process)}
 
     def close(self) -> None:
         """End the SuperLink and all that it started, by process id, and remove its folder.

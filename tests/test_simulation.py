@@ -67,6 +67,7 @@ ALL = [(f"{name}-{'-'.join(map(str, variant.values())) or 'only'}", name, varian
 BATCH_NORM: list[tuple[str, str, dict[str, Scalar]]] = [
     *((f"{name}-cnn", name, IMAGES_28) for name in ("fedgen", "fedavg", "fedprox", "local")),
     ("fedavg-averaged", "fedavg", IMAGES_28 | {"model.norm-statistics": "averaged"}),
+    ("fedavg-sums", "fedavg", {"run.exchange": "sums"}),
 ]
 
 
