@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,19 @@ from fedkd.results import Row
 
 Figures = dict[str, float]
 """What a round came to, by name."""
+
+
+@contextmanager
+def alongside(target: Callable[..., None], *arguments: object) -> Iterator[None]:
+    """Call ``target(*arguments, stop)`` in a thread while the block runs; set ``stop`` at its end, and wait for it."""
+    stop = threading.Event()
+    thread = threading.Thread(target=target, args=(*arguments, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sims.follow import Figures, Follower
+from sims.follow import Figures, Follower, alongside
 
 INTERVAL, LINE_EVERY = 0.3, 10.0
 MOST_BARS = 12
@@ -89,15 +89,8 @@ def watching(runs: Sequence[Watched], console: Console, at_once: int = 1) -> Ite
         console: where.
         at_once: how many run at a time.
     """
-    stop = threading.Event()
-    target = _bars if console.is_terminal else _lines
-    thread = threading.Thread(target=target, args=(runs, console, at_once, stop), daemon=True)
-    thread.start()
-    try:
+    with alongside(_bars if console.is_terminal else _lines, runs, console, at_once):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _bars(runs: Sequence[Watched], console: Console, at_once: int, stop: threading.Event) -> None:

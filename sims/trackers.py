@@ -23,7 +23,7 @@ from rich.console import Console
 from fedkd.config import Config
 from fedkd.errors import UserError
 from fedkd.results import Run
-from sims.follow import Figures, Follower
+from sims.follow import Figures, Follower, alongside
 
 INTERVAL = 1.0
 
@@ -163,15 +163,9 @@ def tracking(configs: Sequence[Config], name: str, console: Console) -> Iterator
         yield
         return
     require(name)
-    stop = threading.Event()
     runs = [_Tracked(config, Follower(Path(config.run.dir))) for config in configs]
-    thread = threading.Thread(target=_track, args=(runs, name, console, stop), daemon=True)
-    thread.start()
-    try:
+    with alongside(_track, runs, name, console):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _track(runs: Sequence[_Tracked], name: str, console: Console, stop: threading.Event) -> None:

@@ -6,6 +6,7 @@ import functools
 import gzip
 import itertools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,23 @@ def worker(tmp_path: Path) -> Callable[..., object]:
     from clients.app import Worker
 
     return lambda method="fedavg", **flat: Worker(tiny(method, **{"run.dir": str(tmp_path), **flat}), run_id=1)
+
+
+@pytest.fixture
+def fedkd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """The command line in this process and an empty folder; returns the exit code."""
+    from sims import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0)
+
+    return call
 
 
 def write_idx(path: Path, values: npt.NDArray[np.uint8], keep: int | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from conftest import TINY
 
 from fedkd.config import Config
 from fedkd.errors import UserError
-from sims import cli, inline, launch, reproduce
+from sims import inline, launch, reproduce
 from sims.reproduce import SCALES, Experiment
 
 pytestmark = pytest.mark.slow
@@ -27,21 +26,6 @@ TABLE_KEYS = {"title", "published-table", "published-column", "metric", "best-ro
 ROW_KEYS = {"label", "method", "settings", "runs", "score", "control", "against", "published", "scales"}
 
 Run = Callable[..., int]
-
-
-@pytest.fixture
-def fedkd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """The command line in this process and an empty folder; returns the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0)
-
-    return call
 
 
 def scales(name: str) -> list[Experiment]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,12 @@ from fedkd.method import names
 from fedkd.results import Run
 from plots.sweep import heatmap, setting
 from plots.tables import comparison
-from sims import cli, inline, sweep
+from sims import inline, sweep
 
 Command = Callable[..., int]
 OWN = ("run.rounds", "train.lr", "data.alpha")
 SMALL = [word for key, value in TINY.items() if key not in OWN for word in ("--set", f"{key}={value}")]
 SMALL += ["--rounds", "2", "--jobs", "1", "--out", "out"]
-
-
-@pytest.fixture
-def fedkd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """The command line in this process and an empty folder; returns the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0)
-
-    return call
 
 
 @pytest.mark.parametrize(
