@@ -10,6 +10,7 @@ from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.apfl import Hyper, State
 from fedkd.methods.fedavg import Broadcast
+from fedkd.models import gradients
 
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
@@ -51,11 +52,10 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
             sgd.step(loss.add(cross_entropy(job.model(x), y)))
             statistics = job.model.statistics.clone()
             mixed = alpha * personal(x) + (1 - alpha) * job.model(x)
-            personal.gradient.zero_()
-            w_gradient = job.model.backward(personal_loss.add(cross_entropy(mixed, y)))
+            w_gradient, own_gradient = gradients(personal_loss.add(cross_entropy(mixed, y)), job.model, personal)
             job.model.statistics.copy_(statistics)
-            v_gradient = personal.gradient + job.train.weight_decay * own
-            own_sgd.apply(personal.gradient)
+            v_gradient = own_gradient + job.train.weight_decay * own
+            own_sgd.apply(own_gradient)
             if _moves(hyper, step):
                 slope = released_alpha_gradient(alpha, own, w, v_gradient, w_gradient, hyper.alpha_pull)
                 alpha = _clip(alpha - sgd.lr * slope)

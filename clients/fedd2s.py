@@ -10,7 +10,7 @@ from clients.training import SGD, Job, Mean, Outcome
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.fedd2s import Broadcast, Depth, Hyper, State, Update, depth, distillation, pooled, width
-from fedkd.models import StagedModel
+from fedkd.models import StagedModel, gradients
 
 models = local.models
 
@@ -37,7 +37,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         logits = features if place.behind is None else job.model(features, start=place.behind)
         total = loss.add(cross_entropy(logits, y))
         if heads:
-            job.extras["heads"].gradient.zero_()
             logits = job.extras["heads"](features, place.stage)
             if hyper.head_ce:
                 total = total + head_loss.add(cross_entropy(logits, y))
@@ -46,9 +45,11 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
             distilled.add(rows[known[y]])
             term = hyper.lam * rows.mean()
             total = total + (term if heads else entering(term, features))
-        sgd.step(total)
         if heads:
-            heads.apply(job.extras["heads"].gradient)
+            for optimiser, gradient in zip((sgd, heads), gradients(total, job.model, job.extras["heads"]), strict=True):
+                optimiser.apply(gradient)
+        else:
+            sgd.step(total)
     means = {"loss": loss, "head_loss": head_loss, "distillation_loss": distilled}
     return Outcome(
         update=extract(job, shard, place, len(known)),

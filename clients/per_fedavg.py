@@ -70,12 +70,11 @@ def hessian_product(job: Job, vector: torch.Tensor, batch: Batch) -> torch.Tenso
         model.load(w)
         return (ahead - behind) / (2 * hyper.delta)
     (x, y), statistics = batch, model.statistics.clone()
-    tensors = list(model.module.parameters())
-    gradients = torch.autograd.grad(cross_entropy(model(x), y).mean(), tensors, create_graph=True)
+    gradients = torch.autograd.grad(cross_entropy(model(x), y).mean(), model.tensors, create_graph=True)
     along = list(model.unflatten(vector).values())
-    products = torch.autograd.grad(gradients, tensors, grad_outputs=along, materialize_grads=True)
+    products = torch.autograd.grad(gradients, model.tensors, grad_outputs=along, materialize_grads=True)
     model.statistics.copy_(statistics)
-    return torch.cat([product.reshape(-1) for product in products])
+    return model.flatten(products, torch.empty_like(w))
 
 
 def _gradient(job: Job, batch: Batch) -> torch.Tensor:

@@ -172,6 +172,9 @@ class SGD:
 
     def step(self, loss: torch.Tensor, extra: torch.Tensor | None = None) -> None:
         """Step along the workspace's gradient of a scalar loss, plus an ``extra`` gradient vector ``[P]``."""
+        if extra is None and self.frozen is None and not self.weight_decay and not self.momentum:
+            self.model.descend(loss, self.parameters, self.lr)
+            return
         gradient = self.model.backward(loss)
         self.apply(gradient if extra is None else gradient.add_(extra))
 

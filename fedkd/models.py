@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class StagedModel(nn.Module):
 
 
 class FlatModel:
-    """A module whose trainable parameters, gradients and BatchNorm statistics are views of three vectors.
+    """A module whose trainable parameters and BatchNorm statistics are views of two vectors.
 
     Writing to :attr:`parameters` changes the module and back.  Vectors that leave the workspace have to be cloned.
 
@@ -102,17 +103,15 @@ class FlatModel:
         last = [p.detach().movedim(1, -1) if self.channels_last and p.ndim == 4 else p.detach() for p in tensors]
         self.parameters = torch.cat([p.reshape(-1) for p in last])
         self.gradient = torch.zeros_like(self.parameters)
+        self.tensors = tensors
         named = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms = [m for _, m in named]
         self.statistics_shapes = {f"{n}.{s}": m.num_features for n, m in named for s in ("running_mean", "running_var")}
         owned = [(m, name) for m in self.norms for name in ("running_mean", "running_var")]
         parts = [getattr(m, name).detach().reshape(-1) for m, name in owned]
         self.statistics = torch.cat(parts) if parts else torch.zeros(0, device=self.device)
-        for view, gradient, parameter in zip(
-            self.unflatten(self.parameters).values(), self.unflatten(self.gradient).values(), tensors, strict=True
-        ):
+        for view, parameter in zip(self.unflatten(self.parameters).values(), tensors, strict=True):
             parameter.data = view
-            parameter.grad = gradient
         for (norm, name), view in zip(owned, self.unflatten_statistics(self.statistics).values(), strict=True):
             setattr(norm, name, view)
 
@@ -129,6 +128,13 @@ class FlatModel:
                 views[name] = part.reshape(*ahead, *shape)
             offset += size
         return views
+
+    @torch.no_grad()
+    def flatten(self, parts: Iterable[torch.Tensor | None], out: torch.Tensor) -> torch.Tensor:
+        """Write one tensor per parameter (None: zeros) into a vector ``[P]``, and return it: unflatten's reverse."""
+        for view, part in zip(self.unflatten(out).values(), parts, strict=True):
+            view.zero_() if part is None else view.copy_(part)
+        return out
 
     def unflatten_statistics(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return views of a statistics vector ``[..., S]`` by buffer name, each ``[..., features]``."""
@@ -150,14 +156,34 @@ class FlatModel:
             self.statistics.copy_(statistics)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the gradient vector ``[P]`` of a scalar loss (a view that the next call overwrites)."""
-        self.gradient.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return self.gradient
+        """Return the gradient vector ``[P]`` of a scalar loss (the next call overwrites it)."""
+        return gradients(loss, self)[0]
+
+    @torch.no_grad()
+    def descend(self, loss: torch.Tensor, parameters: torch.Tensor, lr: float) -> None:
+        """Step along a scalar loss's gradient in the module: ``parameters -= lr * gradient``, on a vector ``[P]``.
+
+        The sum of the parts that autograd gives, without making one vector of them first: in a model of a million
+        parameters that costs a twentieth of the step.
+        """
+        parts = torch.autograd.grad(loss, self.tensors, allow_unused=True)
+        views = self.tensors if parameters is self.parameters else self.unflatten(parameters).values()
+        reached = [(view, part) for view, part in zip(views, parts, strict=True) if part is not None]
+        if reached:
+            torch._foreach_add_(*map(list, zip(*reached, strict=True)), alpha=-lr)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         out: torch.Tensor = self.module(*args, **kwargs)
         return out
+
+
+def gradients(loss: torch.Tensor, *models: FlatModel) -> tuple[torch.Tensor, ...]:
+    """Return each model's gradient vector ``[P]`` of one scalar loss, zero in what the loss does not reach.
+
+    A model's vector is its workspace's: its next call overwrites it.
+    """
+    parts = iter(torch.autograd.grad(loss, [t for model in models for t in model.tensors], allow_unused=True))
+    return tuple(model.flatten(islice(parts, len(model.tensors)), model.gradient) for model in models)
 
 
 def build(config: ModelSection, input_shape: Shape, classes: int, streams: Streams) -> StagedModel:

@@ -24,7 +24,7 @@ from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods import apfl, fedavg
 from fedkd.methods.apfl import State
-from fedkd.models import FlatModel, StagedModel
+from fedkd.models import FlatModel, StagedModel, gradients
 from fedkd.results import Run
 from fedkd.setup import Setup
 from strategies.averaging import average
@@ -226,10 +226,9 @@ def released(job: Job, alpha: float, v: torch.Tensor, w: torch.Tensor, batch: An
     """Return the released code's gradient of alpha, at v and w, with autograd's gradients of the mixed logits."""
     own = job.extras["personal"]
     job.model.load(w), own.load(v)
-    own.gradient.zero_()
     mixed = alpha * own(batch[0]) + (1 - alpha) * job.model(batch[0])
-    w_gradient = job.model.backward(cross_entropy(mixed, batch[1]).mean())
-    return half.released_alpha_gradient(alpha, v, w, own.gradient, w_gradient, pull)
+    w_gradient, own_gradient = gradients(cross_entropy(mixed, batch[1]).mean(), job.model, own)
+    return half.released_alpha_gradient(alpha, v, w, own_gradient, w_gradient, pull)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.9, 1.0])

@@ -17,7 +17,7 @@ from fedkd.config import ModelSection
 from fedkd.data import federate
 from fedkd.errors import UserError
 from fedkd.latent import build_generator
-from fedkd.models import FlatModel, LatentGenerator, Shape, StagedModel
+from fedkd.models import FlatModel, LatentGenerator, Shape, StagedModel, gradients
 from fedkd.rng import Streams
 
 MNIST: Shape = (1, 28, 28)
@@ -264,6 +264,31 @@ def test_backward_gives_the_gradient(flat: FlatModel) -> None:
         assert torch.equal(flat.backward(loss_of(flat)), vector)
 
 
+def test_what_a_loss_does_not_reach_has_gradient_zero(flat: FlatModel) -> None:
+    """Also where the call before left something, and in a step, which leaves it where it is."""
+    other = FlatModel(nn.Linear(2, 1))
+    flat.backward(loss_of(flat)), other.backward(other(torch.ones(1, 2)).sum())
+    behind = flat.slice_of(lambda stage: stage == "head")
+    features = flat(torch.randn(4, 1, 8, 8), stop="head").square().sum()
+    inside, outside = gradients(features, flat, other)
+    assert not inside[behind].any()
+    assert inside[~behind].any()
+    assert not outside.any()
+    before = flat.parameters.clone()
+    flat.descend(flat(torch.randn(4, 1, 8, 8), stop="head").square().sum(), flat.parameters, 0.1)
+    assert torch.equal(flat.parameters[behind], before[behind])
+    assert not torch.equal(flat.parameters, before)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])
+def test_a_vector_and_its_parts_are_the_same_numbers(memory_format: Any) -> None:
+    """Whichever way the weights of convolutions lie."""
+    model = FlatModel(made("fedgen_cnn", (1, 8, 8), memory_format=memory_format))
+    vector = torch.arange(model.parameters.numel(), dtype=torch.float32)
+    parts = [part.contiguous() for part in model.unflatten(vector).values()]
+    assert torch.equal(model.flatten(parts, torch.empty_like(vector)), vector)
+
+
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.01), (0.9, 0.01)])
 def test_sgd_is_pytorchs(worker: Callable[..., Any], momentum: float, weight_decay: float) -> None:
     """Sums on vectors are those of PyTorch's optimiser on tensors."""
@@ -275,7 +300,8 @@ def test_sgd_is_pytorchs(worker: Callable[..., Any], momentum: float, weight_dec
     torch_sgd = torch.optim.SGD(theirs.module.parameters(), 0.1, momentum, weight_decay=weight_decay)
     for step in range(4):
         sgd.step(loss_of(ours, step))
-        theirs.backward(loss_of(theirs, step))
+        torch_sgd.zero_grad()
+        loss_of(theirs, step).backward()
         torch_sgd.step()
     assert torch.allclose(ours.parameters, theirs.parameters, rtol=0, atol=1e-7)
 
