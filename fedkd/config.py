@@ -157,7 +157,7 @@ class ModelSection(Section):
     name: str = Field(
         "auto",
         description="auto (fedgen_cnn, or mlp for images under 16 pixels), fedgen_cnn, fedavg_cnn, "
-        "lenet5, mlp, pfl_cnn, resnet18",
+        "lenet5, linear, mlp, pfl_cnn, resnet18",
     )
     norm: Literal["auto", "batch", "group"] = Field(
         "auto",

@@ -293,6 +293,12 @@ def _mlp(config: ModelSection, shape: Shape, classes: int) -> Stages:
     yield "head", nn.Linear(config.hidden, classes)
 
 
+def _linear(config: ModelSection, shape: Shape, classes: int) -> Stages:
+    """Multinomial logistic regression on the pixels: a head and nothing before it."""
+    del config
+    yield "head", nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
+
+
 class _Residual(nn.Module):
     """The basic block of ResNet: two 3x3 convolutions and a shortcut."""
 
@@ -333,6 +339,7 @@ _MODELS: dict[str, Callable[[ModelSection, Shape, int], Stages]] = {
     "fedgen_cnn": _fedgen_cnn,
     "fedavg_cnn": _fedavg_cnn,
     "lenet5": _lenet5,
+    "linear": _linear,
     "mlp": _mlp,
     "pfl_cnn": _pfl_cnn,
     "resnet18": _resnet18,

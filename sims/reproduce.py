@@ -63,6 +63,7 @@ class Experiment:
         scale: one of :data:`SCALES`.
         metric: column of :func:`fedkd.metrics.by_round`: ``mean`` (clients equal) or ``weighted`` (by test examples).
         best_rounds: how many best rounds of each seed are averaged.
+        last_rounds: how many last evaluated rounds are averaged, beside the last one, where single rounds swing.
         log: names of the clients' logged figures that the table shows, each client's last one, mean over clients.
         settings: keys that all rows share.
         rows: the rows of this scale.
@@ -73,6 +74,7 @@ class Experiment:
     scale: str
     metric: str
     best_rounds: int
+    last_rounds: int
     log: Sequence[str]
     settings: Mapping[str, Scalar]
     rows: Sequence[Row]
@@ -100,6 +102,7 @@ class Experiment:
             scale=scale,
             metric=raw["metric"],
             best_rounds=raw.get("best-rounds", 1),
+            last_rounds=raw.get("last-rounds", 1),
             log=raw.get("log", []),
             settings=raw["settings"] | raw["scales"][scale],
             rows=[
@@ -214,7 +217,7 @@ def _curves(experiment: Experiment, row: Row, runs: Runs) -> list[Floats]:
 def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
     """Return the table, a line per row; accuracies in % of the clients' own test data.
 
-    Columns: ``row``, ``published``, ``last`` (round), ``tail`` (mean of the last ten evaluations), ``best`` (round, or
+    Columns: ``row``, ``published``, ``last`` (round), ``tail`` (mean of the ``last_rounds`` last), ``best`` (round, or
     mean of the ``best_rounds`` best), ``worst`` (tenth of the clients) and ``deviation`` (over clients) at the last
     round, the logged figures, ``seeds``; ``*_std`` are sample deviations over seeds (NaN for one), but that of several
     best rounds is the deviation of all of them, as FedGen's tables have it.
@@ -235,7 +238,7 @@ def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
         best = np.concatenate([np.sort(curve)[-experiment.best_rounds :] for curve in curves])
         pooled = (float(best.mean()), float(best.std()))
         line["last"], line["last_std"] = over_seeds([curve[-1] for curve in curves])
-        line["tail"], line["tail_std"] = over_seeds([curve[-10:].mean() for curve in curves])
+        line["tail"], line["tail_std"] = over_seeds([curve[-experiment.last_rounds :].mean() for curve in curves])
         line["best"], line["best_std"] = over_seeds(best) if experiment.best_rounds == 1 else pooled
         last = [fairness(100 * _last(run)[row.score].to_numpy(dtype=float)) for run in runs[row.name]]
         line["worst"], line["worst_std"] = over_seeds([figures["worst_decile"] for figures in last])
@@ -263,8 +266,9 @@ def _logged(run: Run, name: str) -> float:
 def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
     """Return the paired differences of the rows' last rounds, seed by seed, in percentage points.
 
-    Columns: ``row``, ``against``, ``difference`` and its sample deviation over seeds, ``p`` of the paired t-test (NaN
-    for one seed), ``higher`` (seeds in which the row is above the other) and ``seeds``.
+    Columns: ``row``, ``against``, ``of`` (the last round, or the mean of the ``last_rounds`` last), ``difference`` and
+    its sample deviation over seeds, ``p`` of the paired t-test (NaN for one seed), ``higher`` (seeds in which the row
+    is above the other) and ``seeds``.
     """
     import pandas as pd
 
@@ -274,13 +278,14 @@ def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
     lines = []
     for row in experiment.rows:
         for other in (by_name[name] for name in row.against):
-            pairs = zip(_curves(experiment, row, runs), _curves(experiment, other, runs), strict=True)
-            values = [float(mine[-1] - theirs[-1]) for mine, theirs in pairs]
-            mean, deviation = over_seeds(values)
-            line = {"row": row.label, "against": other.label, "difference": mean, "difference_std": deviation}
-            lines.append(
-                line | {"p": p_value(values), "higher": sum(value > 0 for value in values), "seeds": len(values)}
-            )
+            pairs = list(zip(_curves(experiment, row, runs), _curves(experiment, other, runs), strict=True))
+            for rounds in sorted({1, experiment.last_rounds}):
+                values = [float(mine[-rounds:].mean() - theirs[-rounds:].mean()) for mine, theirs in pairs]
+                mean, deviation = over_seeds(values)
+                of = "last round" if rounds == 1 else f"last {rounds} rounds"
+                line: dict[str, Any] = {"row": row.label, "against": other.label, "of": of}
+                line |= {"difference": mean, "difference_std": deviation, "p": p_value(values)}
+                lines.append(line | {"higher": sum(value > 0 for value in values), "seeds": len(values)})
     return pd.DataFrame(lines)
 
 
@@ -330,7 +335,6 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
 
 _HEADINGS = {
     "last": "last round",
-    "tail": "last 10 rounds",
     "worst": "worst tenth",
     "deviation": "deviation over clients",
     "against": "minus",
@@ -338,12 +342,20 @@ _HEADINGS = {
 }
 
 
+_WORDS = ("row", "minus", "of")
+
+
 def _text(experiment: Experiment, frame: pd.DataFrame) -> list[list[str]]:
     """Return the lines of a table as text, headings first, ``mean ± deviation`` in one cell."""
-    best = f"best {experiment.best_rounds} rounds" if experiment.best_rounds > 1 else "best round"
-    hidden = {"tail"} if experiment.best_rounds == 1 else {"worst", "deviation"}
+    hidden = {"worst", "deviation"} if experiment.best_rounds > 1 else set()
+    if experiment.last_rounds == 1:
+        hidden |= {"tail", "of"}
+    headings = _HEADINGS | {
+        "best": f"best {experiment.best_rounds} rounds" if experiment.best_rounds > 1 else "best round",
+        "tail": f"last {experiment.last_rounds} rounds",
+    }
     columns = [name for name in frame.columns if not name.endswith("_std") and name not in hidden]
-    lines = [[best if name == "best" else _HEADINGS.get(name, name) for name in columns]]
+    lines = [[headings.get(name, name) for name in columns]]
     for row in frame.to_dict("records"):
         lines.append([_cell(name, row[name], row.get(f"{name}_std", float("nan"))) for name in columns])
     return lines
@@ -360,7 +372,7 @@ def _cell(name: str, value: Any, deviation: float) -> str:
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---" if heading in ("row", "minus") else "---:" for heading in lines[0]]
+    rule = ["---" if heading in _WORDS else "---:" for heading in lines[0]]
     return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], rule, *lines[1:]))
 
 
@@ -368,6 +380,6 @@ def _latex(lines: Sequence[Sequence[str]]) -> str:
     """Write a tabular for the booktabs package."""
     escaped = [[cell.replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$") for cell in row] for row in lines]
     body = [f"{' & '.join(row)} \\\\" for row in escaped]
-    columns = "".join("l" if heading in ("row", "minus") else "r" for heading in lines[0])
+    columns = "".join("l" if heading in _WORDS else "r" for heading in lines[0])
     parts = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", body[0], "\\midrule", *body[1:], "\\bottomrule"]
     return "\n".join([*parts, "\\end{tabular}\n"])

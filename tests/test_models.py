@@ -27,6 +27,7 @@ SIZES = {
     ("fedgen_cnn", MNIST, 26): 26_962,
     ("fedavg_cnn", MNIST, 10): 582_026,
     ("lenet5", MNIST, 10): 61_706,
+    ("linear", MNIST, 10): 784 * 10 + 10,
     ("pfl_cnn", CIFAR, 10): 1_626_442,
     ("mlp", MNIST, 10): 784 * 64 + 64 + 64 * 10 + 10,
     ("resnet18", CIFAR, 10): 11_173_962,
