@@ -64,7 +64,8 @@ class Experiment:
         metric: column of :func:`fedkd.metrics.by_round`: ``mean`` (clients equal) or ``weighted`` (by test examples).
         best_rounds: how many best rounds of each seed are averaged.
         last_rounds: how many last evaluated rounds are averaged, beside the last one, where single rounds swing.
-        log: names of the clients' logged figures that the table shows, each client's last one, mean over clients.
+        log: names of the clients' logged figures that the table shows, each client's last one, mean over clients, or
+            ``milliseconds``: of a client's local training, the median of all.
         settings: keys that all rows share.
         rows: the rows of this scale.
     """
@@ -257,6 +258,8 @@ def _last(run: Run) -> pd.DataFrame:
 def _logged(run: Run, name: str) -> float:
     """Return the mean over clients of the figure that each logged when it last took part; NaN without it."""
     clients = run.frame("clients")
+    if name == "milliseconds":
+        return float(1000 * clients["seconds"].median())
     if f"{name}_sum" not in clients:
         return float("nan")
     last = clients.groupby("client").last()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -370,6 +371,16 @@ def test_several_best_rounds_are_pooled_over_seeds(tmp_path: Path) -> None:
     assert frame["best"].iloc[2] == pytest.approx(best.mean())
     assert frame["best_std"].iloc[2] == pytest.approx(best.std())
     assert {"best 2 rounds", "last 2 rounds"} <= set(reproduce._text(two, frame)[0])
+
+
+@pytest.mark.usefixtures("example")
+def test_the_time_of_local_training_is_the_median_over_all_participations(tmp_path: Path) -> None:
+    """In milliseconds, beside the figures that clients log themselves."""
+    one = Experiment.read("example/one", "smoke")
+    (run,) = reproduce.reproduce(one, {}, [1], tmp_path, jobs=1)["after"]
+    expected = 1000 * np.median([row["seconds"] for row in run.rows("clients")])
+    frame = reproduce.table(dataclasses.replace(one, log=["milliseconds"]), {row.name: [run] for row in one.rows})
+    assert frame["milliseconds"].tolist() == pytest.approx([expected] * len(one.rows))
 
 
 @pytest.mark.usefixtures("example")
