@@ -125,6 +125,13 @@ class ClientError(RuntimeError):
     """A client failed; the message names it."""
 
 
+_ADVICE = {
+    "Expected more than 1 value per channel": "; BatchNorm cannot be trained on a single image here: take "
+    "model.norm=group or, where the client has more of them, train.last-batch=drop or another train.batch-size"
+}
+"""What a user can do about errors of PyTorch, by how they begin."""
+
+
 @contextmanager
 def _named(client: int) -> Iterator[None]:
     """Say whose error it is."""
@@ -132,7 +139,8 @@ def _named(client: int) -> Iterator[None]:
         yield
     except Exception as error:
         kind = "" if isinstance(error, PayloadError) else f"{type(error).__name__}: "
-        raise ClientError(f"client {client}: {kind}{error}") from error
+        advice = "".join(text for begin, text in _ADVICE.items() if str(error).startswith(begin))
+        raise ClientError(f"client {client}: {kind}{error}{advice}") from error
 
 
 def _score(model: Callable[[], Predictor], test: Shard) -> tuple[int, float]:

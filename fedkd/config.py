@@ -38,6 +38,17 @@ class Section(BaseModel):
 class HyperParameters(Section):
     """Base of a method's own settings; its section has the method's name."""
 
+    def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
+        """Return a line for each setting that is allowed, and beside those of the run likely a mistake.
+
+        Args:
+            train: the settings of local training.
+            model: those of the model.
+            statistics: how many running statistics of BatchNorm the model has.
+        """
+        del train, model, statistics
+        return []
+
 
 class RunSection(Section):
     """Who takes part, for how long, and where the results go."""
@@ -233,6 +244,11 @@ class PrivacySection(Section):
         0.0, ge=0, description="largest L2 norm of a client's change of the model, scaled down by the client; 0: any"
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="delta at which epsilon is stated")
+    noise: Literal["seeded", "secret"] = Field(
+        "seeded",
+        description="seeded: from run.seed, so that who knows it can take it off; secret: from the operating system, "
+        "kept nowhere, so that no run repeats another, as devices need",
+    )
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:

@@ -24,6 +24,7 @@ _COMMON: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "aggregation.trim": ("aggregation.rule", lambda c: c.aggregation.rule == "trimmed-mean"),
     "aggregation.byzantine": ("aggregation.rule", lambda c: c.aggregation.rule in ("krum", "multi-krum")),
     "privacy.delta": ("privacy.noise-multiplier", lambda c: c.privacy.noise_multiplier > 0),
+    "privacy.noise": ("privacy.noise-multiplier", lambda c: c.privacy.noise_multiplier > 0),
     "train.lr-decay-from": ("train.lr-decay", lambda c: c.train.lr_decay < 1),
 }
 """Key to the key that decides whether it is read, and whether it is."""

@@ -141,7 +141,8 @@ def summarize(run: Run, targets: Sequence[float] = ()) -> dict[str, Any]:
             "clients": sorted({client for each in gone for client in each["clients"]}),
         }
     if "epsilon" in rounds:
-        out["privacy"] = {"epsilon": float(rounds["epsilon"].iloc[-1]), "delta": run.config.privacy.delta}
+        asked = run.config.privacy
+        out["privacy"] = {"epsilon": float(rounds["epsilon"].iloc[-1]), "delta": asked.delta, "noise": asked.noise}
     evaluations = run.evaluations
     if evaluations.empty:
         return out

@@ -182,6 +182,11 @@ def check_goes_on(folder: Path, config: Config, data: str) -> None:
             f"{folder} holds an interrupted run of fedkd {theirs}, and this is fedkd {ours}, which may give other "
             f"numbers; go on with fedkd {theirs}, or begin anew in another folder"
         )
+    if config.privacy.noise_multiplier and config.privacy.noise == "secret":
+        raise UserError(
+            f"{folder} holds an interrupted run with privacy.noise = 'secret': its last rounds would be released again "
+            "with other noise, which epsilon does not count; begin anew in another folder"
+        )
     check_same(folder, config, data)
 
 

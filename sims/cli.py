@@ -239,18 +239,19 @@ def compare(
 
       fedkd compare fedavg fedprox --data mnist --root /data --seeds 1,2,3,4,5 --out runs/prox
     """
-    from sims.launch import on_devices, place_series, prepare
+    from sims.launch import on_devices, place_series
+    from sims.together import SECTIONS, prepare_all, unconcerned
 
     _check_methods(methods)
     _check_series(engine, cpus_per_node, gpus_per_node, out)
     options = {"data.name": data, "data.root": root, "run.clients": clients, "run.rounds": rounds}
     flat = _flat({**options, "run.clients-per-round": clients_per_round}, settings, methods)
     flat = on_devices(flat, engine.value, nodes, superlink)
-    planned = [
-        place_series(prepare({**flat, "run.method": method, "run.seed": seed}), out / f"{method}-s{seed}")
-        for seed in _seeds(seeds)
-        for method in methods
-    ]
+    configs = prepare_all(flat, methods, _seeds(seeds))
+    planned = [place_series(config, out / f"{config.run.method}-s{config.run.seed}") for config in configs]
+    for method in unconcerned(flat, methods):
+        told = ", ".join(key for key in flat if key.startswith(SECTIONS))
+        error_console.print(f"{told}: not for {method}, whose clients send no model", soft_wrap=True, highlight=False)
     runs = _run_series(planned, flat, engine, nodes, jobs, cpus_per_node, gpus_per_node, superlink, track)
     _report(runs, out)
 
@@ -795,7 +796,7 @@ def _run_series(
 
 
 def _warn_of_ignored(configs: Sequence[Config], given: Iterable[str]) -> None:
-    """Say which of the keys that were given none of the runs reads."""
+    """Say which of the keys that were given none of the runs reads, and what the methods doubt of their settings."""
     from fedkd.ignored import ignored
 
     keys = [key for key in given if key not in _OWNED]
@@ -803,6 +804,21 @@ def _warn_of_ignored(configs: Sequence[Config], given: Iterable[str]) -> None:
     for line in dict.fromkeys(line for lines in said for line in lines):
         if all(line in lines for lines in said):
             _warn(line)
+    for line in dict.fromkeys(line for config in configs for line in _doubts(config)):
+        _warn(line)
+
+
+def _doubts(config: Config) -> list[str]:
+    import torch
+
+    from fedkd.data import federate
+    from fedkd.setup import Setup
+
+    if config.data.partition == "devices":
+        return []  # what images they have, and so the model, is not known here
+    data = federate(config)
+    setup = Setup.build(config, data.shape, data.classes, torch.device("cpu"))
+    return config.hyper.doubts(config.train, config.model, setup.sizes["statistics"])
 
 
 def _warn_of_untested(config: Config) -> None:

@@ -37,6 +37,8 @@ PORT = 8000
 CONNECTION = "deployed"
 """Name of the SuperLink in Flower's configuration."""
 YEARS = 5
+MOST_CLIENTS = 10**7
+"""Numbers of up to seven digits."""
 CA, FLOWER = "ca.pem", "flower"
 
 
@@ -66,9 +68,12 @@ class Deployment:
         Raises:
             UserError: the folder holds something, or the numbers or the address make no sense.
         """
-        self._check()
         server, devices = self.folder / "server", self.folder / "devices"
-        server.mkdir(parents=True)
+        try:
+            self._check()
+            server.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{_shown(str(self.folder))} cannot be made a folder: {error.strerror}") from None
         ca, key = _authority()
         (self.folder / "ca").mkdir(mode=0o700)
         _private(self.folder / "ca" / "ca.key", _pem(key))
@@ -97,8 +102,8 @@ class Deployment:
 
     def clients_of(self, node: int) -> str:
         """Return the clients of a node as its configuration names them: blocks of nearly equal length."""
-        first, last = (round(self.clients * k / self.nodes) for k in (node, node + 1))
-        return ",".join(map(str, range(first, last)))
+        first, end = (round(self.clients * k / self.nodes) for k in (node, node + 1))
+        return ",".join(map(str, range(first, end))) if end - first < 3 else f"{first}-{end - 1}"
 
     def superlink_command(self, folder: str | Path, state: str | Path = "", host: str = "0.0.0.0") -> list[str]:
         """Return the command that starts the SuperLink.
@@ -126,11 +131,18 @@ class Deployment:
 
     def _check(self) -> None:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} is not an empty folder; keys are never overwritten, so take another one")
+            raise UserError(
+                f"{_shown(str(self.folder))} is not an empty folder; keys are never overwritten, so take another one"
+            )
         if self.nodes < 1 or self.clients < self.nodes:
             raise UserError(f"{self.nodes} nodes and {self.clients} clients: every node hosts one client at least")
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", self.address) and not _is_ip(self.address):
-            raise UserError(f"--address '{self.address}' is no host name and no address (without port)")
+        if self.clients > MOST_CLIENTS:
+            raise UserError(f"{self.clients} clients are more than the {MOST_CLIENTS} that a node can name")
+        if not _is_ip(self.address) and not _is_host(self.address):
+            raise UserError(
+                f"--address {_shown(self.address)} is neither a host name (letters, digits, hyphens, dots) nor an IP "
+                "address of the server; give it alone, without port, brackets or scheme"
+            )
         if not 0 < self.port < 2**16:
             raise UserError(f"--port {self.port} is not between 1 and 65535")
 
@@ -164,7 +176,7 @@ class Deployment:
 
             [Service]
             Environment=OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0
-            Environment=PATH={binary}:/usr/bin:/bin
+            Environment={_quoted(f"PATH={binary}:/usr/bin:/bin")}
             StateDirectory=fedkd
             Environment=FLWR_HOME=/var/lib/fedkd/flower FEDKD_RUNS=/var/lib/fedkd/runs FEDKD_CACHE=/var/lib/fedkd/cache
             ExecStart={_systemd([str(binary / command[0]), *command[1:]])}
@@ -285,7 +297,7 @@ def _reach(keys: Path, host: str, port: int) -> Iterator[Finding]:
     at = _joined(host, port)
     try:
         socket.create_connection((host, port), timeout=5).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that is none
         yield Finding(False, "SuperLink", f"{at}: {error}", "is it started, is the address right, is the port open?")
         return
     yield Finding(True, "SuperLink", f"{at} can be reached")
@@ -454,12 +466,25 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _shown(text: str) -> str:
+    """Quote a word that may be anything, for an error of one line."""
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
+
+
 def _is_ip(text: str) -> bool:
+    """Return whether this is the address of one machine, on any other machine: no wildcard, no scope such as %eth0."""
     try:
-        ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    return not (address.is_unspecified or address.is_multicast or "%" in text)
+
+
+def _is_host(text: str) -> bool:
+    """Return whether this is a host name (RFC 1123), which no resolver takes for an address: 127.1, 0x7f000001."""
+    labels = text.split(".")
+    fine = all(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", label) for label in labels)
+    return fine and len(text) <= 253 and not re.fullmatch(r"\d+|0[xX][0-9A-Fa-f]*", labels[-1])
 
 
 def _joined(host: str, port: int) -> str:
@@ -486,4 +511,10 @@ def _shell(command: list[str]) -> str:
 
 def _systemd(command: list[str]) -> str:
     """Quote a command as systemd reads it."""
-    return " ".join(word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f"'{word}'" for word in command)
+    return " ".join(_quoted(word).replace("$", "$$") for word in command)
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for systemd, which replaces ``%x`` even in quotes."""
+    escaped = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
+    return escaped if re.fullmatch(r"[\w@%+=:,./-]+", escaped) else f'"{escaped}"'

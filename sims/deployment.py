@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from sims.deploy import CONNECTION, FLOWER
 from sims.simulation import SimulationError, app_toml, tail
 
 STOP_SECONDS = 30.0
+_GONE = "Connection to the SuperLink is unavailable"
+"""What Flower's command says."""
 
 
 def connection(superlink: str) -> tuple[str, dict[str, str]]:
@@ -76,9 +79,18 @@ def run(configs: Sequence[Config], superlink: str) -> None:
         shutil.rmtree(app, ignore_errors=True)
     for folder in folders:
         if not (folder / "summary.json").exists():
-            error = folder / "error.txt"
-            why = error.read_text(encoding="utf-8").strip() if error.exists() else tail(log)
-            raise SimulationError(f"{why} (log: {log})")
+            raise SimulationError(f"{_why(folder, log, superlink)} (log: {log})")
+
+
+def _why(folder: Path, log: Path, superlink: str) -> str:
+    """Return why a run did not come to its end, and what to do where the server is to blame."""
+    error = folder / "error.txt"
+    if error.exists():
+        return error.read_text(encoding="utf-8").strip()
+    if _GONE in log.read_text(encoding="utf-8", errors="replace"):
+        resume = f"fedkd resume {shlex.quote(str(folder))} --engine deployment --superlink {shlex.quote(superlink)}"
+        return f"the SuperLink is gone; when it is back, `{resume}` goes on with a run that had begun"
+    return tail(log)
 
 
 def _flwr_run(app: Path, name: str, environment: dict[str, str], log: Path) -> None:

@@ -130,11 +130,12 @@ def show_summary(finished: Run) -> None:
     if dropped := summary.get("dropped"):
         table.add_row("dropped", f"clients {', '.join(map(str, dropped['clients']))}, in {dropped['rounds']} rounds")
     if private := summary.get("privacy"):
-        table.add_row("epsilon", f"{private['epsilon']:.2f} at delta {private['delta']:g}")
+        table.add_row("epsilon", f"{private['epsilon']:.2f} at delta {private['delta']:g}, {private['noise']} noise")
     table.add_row("bytes down and up", f"{summary['bytes_down']:,} and {summary['bytes_up']:,}")
     table.add_row("seconds", f"{summary['seconds']:.1f}")
     out_console.print(table)
-    out_console.print(f"digest {summary['digest']}", soft_wrap=True, highlight=False)
+    alone = " (with secret noise, no other run has it)" if private and private["noise"] == "secret" else ""
+    out_console.print(f"digest {summary['digest']}{alone}", soft_wrap=True, highlight=False)
     out_console.print(f"results in {finished.folder}", soft_wrap=True, highlight=False, markup=False)
 
 

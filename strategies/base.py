@@ -149,7 +149,7 @@ class FederatedStrategy(Strategy):
         self._row = {"round": round, "clients": answered, "state": state_hash(self.state)}
         if len(selected) < len(answered):
             self._row["selected"] = selected
-        self._row |= privacy.spent(config, round)
+        self._row |= privacy.spent(config, round, self.cohort)
         for name, (total, weight) in metrics.items():
             self._row[f"{name}_sum"], self._row[f"{name}_weight"] = total, weight
         self._row |= {"seconds_train": arrived - self._began, "seconds_server": done - arrived}

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import ndtri
 
 from fedkd.clipping import MODEL
 from fedkd.config import Config
@@ -64,9 +69,8 @@ def check(setup: Setup, method: Method, half: ModuleType) -> None:
             "data.scaling = 'standard' is computed from all clients' images; take symmetric or unit",
         ),
         (
-            config.data.partition == "devices",
-            "data.partition = 'devices' would give away run.seed, from which noise and cohorts are drawn, to every "
-            "device; simulate instead",
+            config.data.partition == "devices" and config.privacy.noise != "secret",
+            "every device knows run.seed, and could take noise that is drawn from it off; set privacy.noise=secret",
         ),
         (
             config.privacy.noise_multiplier > 0 and importlib.util.find_spec("dp_accounting") is None,
@@ -79,23 +83,48 @@ def check(setup: Setup, method: Method, half: ModuleType) -> None:
 
 
 def noised(setup: Setup, state: Record, round: int) -> Record:
-    """Return the server's state with ``N(0, (z C / m)^2)`` on every parameter, drawn from a stream of the round."""
+    """Return the server's state with ``N(0, (z C / m)^2)`` on every parameter, from a stream of the round or secret."""
     privacy = setup.config.privacy
     if not privacy.noise_multiplier:
         return state
     deviation = privacy.noise_multiplier * privacy.clip_norm / setup.config.run.cohort
     mean = state.tensors()["parameters"]
-    noise = torch.randn(mean.shape, generator=setup.streams.torch("privacy-noise", round), dtype=torch.float64)
+    if privacy.noise == "secret":
+        noise = secret_normal(mean.numel()).reshape(mean.shape)
+    else:
+        noise = torch.randn(mean.shape, generator=setup.streams.torch("privacy-noise", round), dtype=torch.float64)
     fields: dict[str, Any] = {"parameters": (mean.double() + deviation * noise).float()}
     return dataclasses.replace(state, **fields)
 
 
-def spent(config: Config, rounds: int) -> dict[str, float]:
-    """Return ``{"epsilon"}`` of the models released in so many rounds at ``privacy.delta``; empty without noise."""
+def secret_normal(count: int) -> torch.Tensor:
+    """Return so many standard normal numbers ``[count]`` from the operating system's random bytes.
+
+    Not from a generator: PyTorch's takes a seed of 32 bits, which can be tried out, and what others make can be
+    computed from numbers that were seen.
+    """
+    whole = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(12)
+    return torch.from_numpy(ndtri((whole + 0.5) * 2.0**-52))  # 52 bits and a half: strictly between 0 and 1
+
+
+def spent(config: Config, rounds: int, cohort: Callable[[int], Sequence[int]]) -> dict[str, float]:
+    """Return ``{"epsilon"}`` of the models released in so many rounds at ``privacy.delta``; empty without noise.
+
+    With secret noise, those who hold the model are taken to know whose rounds were whose: cohorts are drawn from the
+    seed, and members of a cohort of known size tell each other who else was in it.  So nothing is gained by sampling,
+    but a client pays for the rounds in which it took part alone, and epsilon is that of the client with most of them.
+
+    Args:
+        cohort: gives the clients of a round.
+    """
     privacy, run = config.privacy, config.run
     if not privacy.noise_multiplier:
         return {}
-    return {"epsilon": epsilon(privacy.noise_multiplier, run.clients, run.cohort, rounds, privacy.delta)}
+    sampled_from = run.clients
+    if privacy.noise == "secret":
+        took_part = Counter(client for round in range(1, rounds + 1) for client in cohort(round))
+        sampled_from, rounds = run.cohort, max(took_part.values())
+    return {"epsilon": epsilon(privacy.noise_multiplier, sampled_from, run.cohort, rounds, privacy.delta)}
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib
 import itertools
 import os
 import sys
@@ -23,7 +24,9 @@ with warnings.catch_warnings():  # Flower's Typer imports names that Click depre
     import flwr.app  # noqa: F401
 
 from fedkd.config import Config, Scalar
+from fedkd.errors import UserError
 from fedkd.method import load, names
+from fedkd.setup import Setup
 
 TINY: dict[str, Scalar] = {
     "run.clients": 6,
@@ -38,7 +41,13 @@ TINY: dict[str, Scalar] = {
     "train.batch-size": 16,
 }
 """A run of a tenth of a second."""
-TINY_METHOD: dict[str, Scalar] = {"fedgen.generator-steps": 4, "fedftg.iterations": 2}
+TINY_METHOD: dict[str, dict[str, Scalar]] = {
+    "fedbn": {"model.name": "fedgen_cnn"},
+    "feddf": {"feddf.steps": 5},
+    "fedftg": {"fedftg.iterations": 2},
+    "fedgen": {"fedgen.generator-steps": 4},
+}
+"""What makes a method's run a short one, or a run at all."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,8 +66,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def tiny(method: str = "fedavg", /, **flat: Any) -> Config:
     """Return a tiny configuration of a method with some keys changed."""
-    own = {key: value for key, value in TINY_METHOD.items() if key.startswith(f"{method}.")}
-    return Config.from_flat({**TINY, **own, "run.method": method, **flat})
+    return Config.from_flat({**TINY, **TINY_METHOD.get(method, {}), "run.method": method, **flat})
 
 
 def cases() -> list[tuple[str, dict[str, Scalar]]]:
@@ -68,6 +76,32 @@ def cases() -> list[tuple[str, dict[str, Scalar]]]:
         for name in names()
         for variant in (load(name).variants or ("",))
     ]
+
+
+def normed_cases() -> list[tuple[str, dict[str, Scalar]]]:
+    """Return the cases with BatchNorm, whose statistics stay and, where the method sends any, travel."""
+    return [
+        (method, {**variant, "model.name": "fedgen_cnn", "model.norm-statistics": statistics})
+        for method, variant in cases()
+        for statistics in ("personal", "averaged")
+        if _takes(method, statistics)
+    ]
+
+
+@functools.cache
+def _takes(method: str, statistics: str) -> bool:
+    """Say whether a method takes a kind of statistics, and whether that is another run than with personal ones."""
+    config = tiny(method, **{"model.name": "fedgen_cnn", "model.norm-statistics": statistics})
+    setup = Setup.build(config, (1, 8, 8), 10, torch.device("cpu"))
+    try:
+        importlib.import_module(f"strategies.{method}").init(setup)
+    except UserError:
+        return False
+    contract = load(method).under(config.hyper)
+    shapes = [
+        spec.resolve(setup.sizes) for spec in contract.Update.specs().values() if "shared_statistics" in spec.shape
+    ]
+    return config.model.norm_statistics == "personal" or any(map(all, shapes))
 
 
 def case_id(case: object) -> str:
@@ -106,6 +140,14 @@ def run_inline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object
         return done[key]
 
     return run_inline
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """Compute in double precision: a bias before BatchNorm has gradient zero but for rounding, which Adam magnifies."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

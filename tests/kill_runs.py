@@ -23,7 +23,7 @@ from typing import Any
 
 from conftest import TINY, TINY_METHOD
 
-SETTINGS = TINY | {"run.rounds": 16, "run.checkpoint-every": 3, "run.eval-every": 2, "train.local-steps": 2}
+SETTINGS = TINY | {"run.rounds": 12, "run.checkpoint-every": 3, "run.eval-every": 2, "train.local-steps": 2}
 MOST_KILLS = 4
 """Kills of one run before it may end."""
 
@@ -79,8 +79,8 @@ def _command(method: str, folder: Path, seconds: float = 0, step: str = "", nth:
     words = ["resume", str(folder)]
     if not started(folder):
         words = ["run", method, "--out", str(folder)]
-        own = {key: value for key, value in TINY_METHOD.items() if key.startswith(f"{method}.")}
-        words += [word for key, value in {**SETTINGS, **own}.items() for word in ("--set", f"{key}={value}")]
+        keys = {**SETTINGS, **TINY_METHOD.get(method, {})}
+        words += [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
     child = os.fork()
     if not child:
         _be_the_command(words, folder, step, nth)

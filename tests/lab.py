@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import forked_apps
 import psutil
 
 from sims import watchdog
@@ -24,6 +25,8 @@ from sims.deploy import CONNECTION, Deployment
 from sims.doctor import FLOWER_SWITCH
 
 MARK = "FEDKD_LAB"
+APPS = -2
+"""Number of the process that forks."""
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
 
 
@@ -37,6 +40,8 @@ class Lab:
         data: for each node, the folder of its data.
         address: where the SuperLink listens.
         inside: for the SuperLink (-1) and each node, a prefix of their commands: the way into a network of their own.
+        forked: nodes whose SuperExec and ClientApps are forks of one process (:mod:`forked_apps`), which saves most of
+            the time.
     """
 
     def __init__(
@@ -47,9 +52,10 @@ class Lab:
         data: Sequence[Path],
         address: str = "127.0.0.1",
         inside: Callable[[int], list[str]] = lambda node: [],
+        forked: Container[int] = (),
     ) -> None:
         self.deployment = Deployment(base / "deployment", nodes, clients, address, free_port())
-        self.base, self.data, self.inside = base, list(data), inside
+        self.base, self.data, self.inside, self.forked = base, list(data), inside, forked
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.homes = base / "homes"
         self.homes.mkdir()
@@ -58,10 +64,11 @@ class Lab:
     def __enter__(self) -> Self:
         try:
             self.deployment.write()
+            if any(node in self.forked for node in range(self.deployment.nodes)):
+                self._start(APPS, forked_apps.place(self.base / "bin"), self.environment("apps"))
             self.start_superlink()
             nodes = range(self.deployment.nodes)
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(self.register, nodes))
+            self.register(nodes)
             for node in nodes:
                 self.start_node(node)
         except BaseException:
@@ -108,10 +115,11 @@ class Lab:
             assert time.monotonic() < deadline, self.log(-1)
             time.sleep(0.2)
 
-    def flwr(self, *words: str) -> str:
-        """Run Flower's command as on the server; return what it says."""
+    def register(self, nodes: Iterable[int]) -> None:
+        """Let nodes' keys in: `flwr supernode register` for each, in one process."""
+        keys = [str(self.folder / "server" / "nodes" / f"node-{node}.pub") for node in nodes]
         done = subprocess.run(
-            [*self.inside(-1), "flwr", *words],
+            [*self.inside(-1), sys.executable, "-c", _REGISTER, CONNECTION, *keys],
             env=self.environment("superlink") | {"FLWR_HOME": str(self.folder / "server" / "flower")},
             capture_output=True,
             text=True,
@@ -119,26 +127,30 @@ class Lab:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def register(self, node: int) -> None:
-        """Let a node's key in."""
-        self.flwr("supernode", "register", str(self.folder / "server" / "nodes" / f"node-{node}.pub"), CONNECTION)
 
     def start_node(self, node: int, **more: str) -> None:
         """Start a node, with further variables in its environment."""
         command = self.deployment.supernode_command(node, self.folder / "devices" / f"node-{node}", self.data[node])
         if not self.inside(node):
             command += ["--port", str(free_port())]
-        self._start(node, command, self.environment(f"node-{node}", **more))
+        environment = self.environment(f"node-{node}", **more)
+        if node in self.forked:
+            environment["PATH"] = f"{self.base / 'bin'}{os.pathsep}{environment['PATH']}"
+        self._start(node, command, environment)
 
     def kill(self, node: int) -> None:
         """Kill a node and all that it started, at once."""
-        first = psutil.Process(self.processes[node].pid)
-        for process in (first, *first.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self.signal(node, signal.SIGKILL)
         self.processes.pop(node).wait()
+
+    def signal(self, node: int, number: signal.Signals) -> None:
+        """Send a signal to a node and all that it started."""
+        first = psutil.Process(self.processes[node].pid)
+        forked = psutil.Process(self.processes[APPS].pid).children(recursive=True) if APPS in self.processes else []
+        mine = [process for process in forked if process.name() == f"node-{node}"]
+        for process in (first, *first.children(recursive=True), *mine):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def fedkd(self, *words: str, **more: str) -> subprocess.Popen[str]:
         """Start our command as on the server, in a folder of its own."""
@@ -202,4 +214,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_REGISTER = """
+import sys
+from flwr.cli.app import app
+for key in sys.argv[2:]:
+    app(["supernode", "register", key, sys.argv[1]], standalone_mode=False)
+"""
 _CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1).close()"

@@ -252,10 +252,15 @@ def test_the_released_gradient_may_have_the_wrong_sign() -> None:
     assert signs == {1.0, -1.0}
 
 
+@pytest.mark.parametrize(("decay", "momentum"), [(0.0, 0.0), (0.3, 0.5)])
 @pytest.mark.parametrize("steps", ["first", "every"])
-def test_the_papers_steps_by_hand(monkeypatch: pytest.MonkeyPatch, steps: str) -> None:
-    """v, w and alpha all step from the same old point, v by alpha times the gradient at the mixture of parameters."""
+def test_the_papers_steps_by_hand(monkeypatch: pytest.MonkeyPatch, steps: str, decay: float, momentum: float) -> None:
+    """v, w and alpha all step from the same old point, v by alpha times the gradient at the mixture of parameters.
+
+    Weight decay pulls at v and at w, each with its own momentum, and is no part of Eq. 10.
+    """
     flat: dict[str, Scalar] = {"apfl.adaptive": True, "apfl.alpha-steps": steps, "train.lr": 0.05}
+    flat |= {"train.weight-decay": decay, "train.momentum": momentum}
     job = double("mlp", **flat)
     batches = [data(seed) for seed in range(3)]
     monkeypatch.setattr(Job, "batches", lambda *_: iter(batches))
@@ -264,10 +269,13 @@ def test_the_papers_steps_by_hand(monkeypatch: pytest.MonkeyPatch, steps: str) -
     state = State(EMPTY, torch.tensor(1), own=v, copy=w, personal_statistics=EMPTY, alpha=kept)
     shard = Shard(torch.zeros(6, 1, 2, 2), torch.zeros(6), torch.zeros(1), torch.ones(1))
     outcome = half.update(job, fedavg.Broadcast(w.clone(), EMPTY), state, shard)
+    pace_v = pace_w = torch.zeros_like(v)
     for number, batch in enumerate(batches):
         at_mixture, at_w = gradient_at(job, alpha * v + (1 - alpha) * w, batch), gradient_at(job, w, batch)
         slope = float((v - w) @ at_mixture) if steps == "every" or number == 0 else 0.0
-        v, w, alpha = v - 0.05 * alpha * at_mixture, w - 0.05 * at_w, min(max(alpha - 0.05 * slope, 0.0), 1.0)
+        pace_v = momentum * pace_v + alpha * at_mixture + decay * v
+        pace_w = momentum * pace_w + at_w + decay * w
+        v, w, alpha = v - 0.05 * pace_v, w - 0.05 * pace_w, min(max(alpha - 0.05 * slope, 0.0), 1.0)
     assert isinstance(outcome.state, State)
     torch.testing.assert_close(outcome.state.own, v, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outcome.state.copy, w, rtol=1e-12, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,7 +110,53 @@ def test_a_page_names_what_crosses_the_network_and_every_setting(name: str) -> N
         fields -= {*load("fedavg").Broadcast.specs(), *load("fedavg").Update.specs()}
     missing = sorted(word for word in keys | fields if not any(f"`{head}{word}`" in page for head in ("", f"{name}.")))
     assert not missing, f"docs/methods/{name}.md does not say what {', '.join(missing)} is"
-    assert all(word in page.lower() for word in ("stays", "cost per round", "how it was checked"))
+    assert all(word in page.lower() for word in ("stays", "cost per round", "gradient", "how it was checked", "depart"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_page_says_every_default(name: str) -> None:
+    """In the row of the key, so that a reader need not run anything to know what an unset key does."""
+    page, common = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8"), load("fedavg").hyper()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    wrong = []
+    for key, value in load(name).hyper().model_dump(by_alias=True).items():
+        texts = [text for keys, text, *_ in rows if {f"`{key}`", f"`{name}.{key}`"} & set(keys.split(", "))]
+        elsewhere = [
+            "the base's",
+            *(["as `fedavg`"] if getattr(common, key, None) == value and name != "fedavg" else []),
+        ]
+        if not any(says(text, value) or any(words in text for words in elsewhere) for text in texts):
+            wrong.append(f"{key} = {value!r}")
+    assert not wrong, f"docs/methods/{name}.md does not say the default of {', '.join(wrong)}"
+
+
+def says(text: str, value: str | float | bool) -> bool:
+    """Say whether a text has a value in it, as people write them."""
+    words = re.findall(r"[\w.+-]*[\w]", text)
+    if isinstance(value, bool):
+        return bool({"on", "true"} & set(words)) if value else bool({"off", "false"} & set(words))
+    if isinstance(value, str):
+        return value in words if value else text.startswith("all ")
+    return any(number(word) == value for word in words)
+
+
+def number(word: str) -> float | None:
+    """Return what a word is as a number, if it is one."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def test_a_value_is_found_however_it_is_written() -> None:
+    """And none that is not there."""
+    assert says("ours, 1e-3 (paper)", 0.001)
+    assert says("15; lambda", 15.0)
+    assert says("`logits`, or `probabilities`", "logits")
+    assert says(" on ", True)
+    assert not says("0.15", 15.0)
+    assert not says("weighted", "weight")
+    assert not says("one", True)
 
 
 @pytest.mark.parametrize("name", names())

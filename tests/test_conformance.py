@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import itertools
 import json
 import os
 import random
@@ -15,13 +16,15 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import numpy as np
 import pytest
 import torch
-from conftest import by_case, case_id, cases, tiny
+from conftest import by_case, case_id, cases, normed_cases, tiny
 from flwr.app import Array
 from flwr.serverapp.strategy import Strategy
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 import strategies
+from clients.app import ClientError, Worker, _named
+from clients.training import initial_statistics
 from fedkd.config import Config, HyperParameters, Scalar, TrainSection
 from fedkd.data import federate
 from fedkd.method import load, names
@@ -31,6 +34,11 @@ from fedkd.setup import Setup
 
 RunInline = Callable[..., Run]
 Keys = dict[str, Scalar]
+
+NORMED = normed_cases()
+by_normed = pytest.mark.parametrize(("method", "variant"), NORMED, ids=case_id)
+"""Run a test with BatchNorm, which the model of the tiny runs has not."""
+with_and_without_batchnorm = pytest.mark.parametrize(("method", "variant"), [*cases(), *NORMED], ids=case_id)
 
 
 # 1. A history is a function of (configuration, seed).
@@ -90,6 +98,14 @@ def test_another_seed_gives_another_run(run_inline: RunInline, method: str, vari
     assert other.digest() != run_inline(method, **variant).digest()
 
 
+@pytest.mark.slow
+@by_normed
+def test_the_number_of_nodes_does_not_matter_to_batchnorm(run_inline: RunInline, method: str, variant: Keys) -> None:
+    """Statistics are the client's or the server's, never those that the last client left on a node."""
+    keys: Keys = {**variant, **SHORT}
+    assert run_inline(method, nodes=2, **keys).digest() == run_inline(method, **keys).digest()
+
+
 @by_case
 def test_is_a_genuine_flower_strategy(method: str, variant: Keys) -> None:
     """``strategies.build`` works in anybody's ServerApp."""
@@ -102,6 +118,8 @@ def test_is_a_genuine_flower_strategy(method: str, variant: Keys) -> None:
 
 SHORT: Keys = {"run.rounds": 2, "run.eval-every": 2}
 """Two rounds: some settings act from the second one on."""
+THREE: Keys = {"run.rounds": 3, "run.eval-every": 3}
+"""And some on what the server keeps, which is heard a round later."""
 
 
 def only(field: FieldInfo) -> dict[str, Scalar]:
@@ -159,21 +177,34 @@ def cases_of(method: str) -> list[Keys]:
     return [variant for name, variant in cases() if name == method]
 
 
+def learned(run: Run) -> list[dict[str, Any]]:
+    """Return what training and scoring gave: no bytes, no times, and no hash of what the server keeps."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("bytes_", "seconds"))}
+        for log in ("clients", "evaluations")
+        for row in run.rows(log)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "variant", "field"), fields(), ids=case_id)
 def test_every_hyper_parameter_changes_the_result(
     run_inline: RunInline, method: str, variant: Keys, field: str
 ) -> None:
-    """A setting that is parsed and never read misleads whoever tunes it."""
+    """A setting that is parsed and never read misleads whoever tunes it; each of several choices is one of its own."""
     hyper = load(method).hyper
     needed = {key(method, other): value for other, value in only(hyper.model_fields[field]).items()}
-    base = {**SHORT, **needed, **variant}
+    base: Keys = {**THREE, **needed, **variant}
     config = tiny(method, **base)
     stages = setup_of(config).staged.stage_names
     values = changed_values(hyper, field, getattr(config.hyper, field), stages)
-    before = run_inline(method, **base).digest()
-    changed = (run_inline(method, **{**base, key(method, field): value}).digest() for value in values)
-    assert any(digest != before for digest in changed), f"{key(method, field)} changes nothing"
+    before = learned(run_inline(method, **base))
+    changed = (learned(run_inline(method, **{**base, key(method, field): value})) for value in values)
+    if get_origin(hyper.model_fields[field].annotation) is Literal:
+        every = [before, *changed]
+        assert all(one != other for one, other in itertools.combinations(every, 2)), f"{values}: some are the same"
+    else:
+        assert any(rows != before for rows in changed), f"{key(method, field)} changes nothing"
 
 
 @pytest.mark.slow
@@ -241,61 +272,116 @@ def same_bits(first: Record, second: Record) -> bool:
     )
 
 
+COHORT = (0, 2, 4)
+
+
 class Exchange(NamedTuple):
-    """What crosses the network when two clients take part in the first round."""
+    """A round, by client where there is one record for each."""
 
     broadcast: Record
     personal: list[Record]
-    updates: list[Record]
+    before: list[Record | None]
+    outcomes: list[Any]
+
+    @property
+    def updates(self) -> list[Record]:
+        """What comes back."""
+        return [outcome.update for outcome in self.outcomes]
 
 
-def participate(worker: Any, client: int, broadcast: Record, personal: Record | None) -> Any:
-    """Return what one client's first participation gives."""
-    return worker.half.update(worker.job(1, client, personal), broadcast, None, worker.shard(client, "train"))
+def participate(worker: Worker, round: int, client: int, sent: Record, personal: Record | None, state: Any) -> Any:
+    """Return what one participation of a client gives."""
+    return worker.half.update(worker.job(round, client, personal), sent, state, worker.shard(client, "train"))
 
 
-def exchange(worker: Any) -> Exchange:
-    """Let clients 0 and 4 take part in the first round, without the apps in between."""
-    server = importlib.import_module(f"strategies.{worker.method.name}")
-    setup = setup_of(worker.config)
-    state = server.init(setup)
-    broadcast = server.broadcast(setup, state, 1)
-    personal = [server.personal(setup, state, 1, c) for c in (0, 4)] if worker.method.Personal else []
-    own = personal or [None, None]
-    updates = [participate(worker, c, broadcast, mine).update for c, mine in zip((0, 4), own, strict=True)]
-    return Exchange(broadcast, personal, updates)
+Play = Callable[..., tuple[Any, list[Exchange]]]
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
+    """Return ``play(method, **flat)`` to a node and what crosses the network in two rounds of a tiny configuration."""
+
+    @functools.cache
+    def played(method: str, *flat: tuple[str, Scalar]) -> tuple[Any, list[Exchange]]:
+        node = Worker(tiny(method, **dict(flat), **{"run.dir": str(tmp_path_factory.mktemp("node"))}), run_id=1)
+        return node, exchanges(node, rounds=2)
+
+    return lambda method, **flat: played(method, *flat.items())
+
+
+def exchanges(worker: Worker, rounds: int) -> list[Exchange]:
+    """Let three clients take part in some rounds, without the apps in between."""
+    strategy = strategies.build(worker.config, federate(worker.config))
+    server, setup, state = strategy.half, strategy.setup, strategy.state
+    found: list[Exchange] = []
+    for round in range(1, rounds + 1):
+        if found:
+            state, _ = server.update(setup, state, found[-1].updates, round - 1)
+        sent, personal = server.broadcast(setup, state, round), personals(strategy, state, round)
+        before = [outcome.state for outcome in found[-1].outcomes] if found else [None] * len(COHORT)
+        each = zip(COHORT, personal or [None] * len(COHORT), before, strict=True)
+        outcomes = [participate(worker, round, client, sent, mine, kept) for client, mine, kept in each]
+        found.append(Exchange(sent, personal, before, outcomes))
+    return found
+
+
+def personals(strategy: Any, state: Record, round: int) -> list[Record]:
+    """Return what each client gets for itself alone; empty for methods without."""
+    if strategy.method.Personal is None:
+        return []
+    return [strategy.half.personal(strategy.setup, state, round, client) for client in COHORT]
+
+
+@with_and_without_batchnorm
+def test_payloads_survive_the_journey(play: Play, method: str, variant: Keys) -> None:
+    """What a half returns and what the other side reads are the same bits, and so is what a client kept."""
+    node, rounds = play(method, **variant)
+    for round, sent in enumerate(rounds, start=1):
+        for records in filter(None, ([sent.broadcast], sent.personal, sent.updates)):
+            kind, owners = type(records[0]), [f"client {n}" for n in range(len(records))]
+            arrived = unpack(kind, pack(records), node.setup.sizes, owners)
+            assert all(same_bits(a, b) for a, b in zip(records, arrived, strict=True))
+        for client, outcome in zip(COHORT, sent.outcomes, strict=True):
+            if outcome.state is not None:
+                node.store.save(outcome.state, client, round)
+                assert same_bits(node.state(client, round + 1), outcome.state)
+
+
+@by_normed
+def test_statistics_are_where_the_setting_says(play: Play, method: str, variant: Keys) -> None:
+    """Every client keeps some that its data has moved, and those of the next round's model moved where they travel."""
+    node, (first, second) = play(method, **variant)
+    found = [outcome.state.statistics for outcome in first.outcomes]
+    if variant["model.norm-statistics"] == "averaged":
+        sent = [record for record in (second.broadcast, *second.personal) if hasattr(record, "statistics")]
+        found += [record.statistics for record in (*first.updates, *sent)]  # type: ignore[attr-defined]
+    for statistics in found:
+        start = initial_statistics(node.setup.model)
+        assert len(statistics.flatten())
+        assert not torch.isclose(statistics, start[: statistics.shape[-1]]).all(dim=-1).any()
 
 
 @by_case
-def test_payloads_survive_the_journey(worker: Callable[..., Any], method: str, variant: Keys) -> None:
-    """What a half returns and what the other side reads are the same bits."""
-    node = worker(method, **variant)
-    sent = exchange(node)
-    for records in filter(None, ([sent.broadcast], sent.personal, sent.updates)):
-        kind, owners = type(records[0]), [f"client {n}" for n in range(len(records))]
-        arrived = unpack(kind, pack(records), node.setup.sizes, owners)
-        assert all(same_bits(a, b) for a, b in zip(records, arrived, strict=True))
-
-
-@by_case
-def test_halves_return_the_types_of_the_contract(worker: Callable[..., Any], method: str, variant: Keys) -> None:
+def test_halves_return_the_types_of_the_contract(play: Play, method: str, variant: Keys) -> None:
     """Nothing but the declared payload can cross the network, and state is what the contract says."""
-    node = worker(method, **variant)
-    sent = exchange(node)
-    assert type(sent.broadcast) is node.method.Broadcast
-    assert all(type(update) is node.method.Update for update in sent.updates)
-    assert all(type(mine) is node.method.Personal for mine in sent.personal)
-    outcome = participate(node, 0, sent.broadcast, sent.personal[0] if sent.personal else None)
-    assert outcome.state is None or type(outcome.state) is node.method.State
+    node, rounds = play(method, **variant)
+    for sent in rounds:
+        assert type(sent.broadcast) is node.method.Broadcast
+        assert all(type(update) is node.method.Update for update in sent.updates)
+        assert all(type(mine) is node.method.Personal for mine in sent.personal)
+        assert all(outcome.state is None or type(outcome.state) is node.method.State for outcome in sent.outcomes)
 
 
-@by_case
-def test_a_half_is_a_function_of_its_arguments(worker: Callable[..., Any], method: str, variant: Keys) -> None:
-    """What another client left in the shared workspaces must not leak into the next one's update."""
-    node = worker(method, **variant)
-    sent = exchange(node)
-    again = participate(node, 0, sent.broadcast, sent.personal[0] if sent.personal else None)
-    assert same_bits(sent.updates[0], again.update)
+@with_and_without_batchnorm
+def test_a_half_is_a_function_of_its_arguments(play: Play, method: str, variant: Keys) -> None:
+    """What another client left in the shared workspaces must not leak into the next one's participation."""
+    node, rounds = play(method, **variant)
+    for round, sent in enumerate(rounds, start=1):
+        personal = sent.personal[0] if sent.personal else None
+        again = participate(node, round, COHORT[0], sent.broadcast, personal, sent.before[0])
+        assert same_bits(sent.updates[0], again.update)
+        assert (again.state is None) == (sent.outcomes[0].state is None)
+        assert again.state is None or same_bits(sent.outcomes[0].state, again.state)
 
 
 # 4. Hard shards.
@@ -350,6 +436,17 @@ def test_survives_clients_smaller_than_a_batch(
     assert len(small)
     held_out = small.get("held_out_sum", 0)  # by methods that validate models
     assert (small["loss_weight"] == 2 * (small["examples"] - held_out)).all()
+
+
+def test_batchnorm_that_cannot_be_trained_comes_with_advice() -> None:
+    """ResNet-18's last channels are one value each for images of 8 pixels, and an epoch can end with one image."""
+    with (
+        pytest.raises(ClientError, match=r"^client 3: ValueError: .* take model\.norm=group or.*batch=drop"),
+        _named(3),
+    ):
+        torch.nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1))
+    with pytest.raises(ClientError, match=r"^client 3: ValueError: other$"), _named(3):
+        raise ValueError("other")
 
 
 @pytest.mark.slow
@@ -431,10 +528,10 @@ def test_skipped_evaluations_leave_the_training_alone(run_inline: RunInline, met
 
 @by_case
 def test_bytes_are_those_of_the_real_serialization(
-    run_inline: RunInline, worker: Callable[..., Any], method: str, variant: Keys
+    run_inline: RunInline, play: Play, method: str, variant: Keys
 ) -> None:
     """Byte counts are measured on what Flower writes, not derived from a number of parameters."""
-    sent = exchange(worker(method, **variant))
+    _, (sent, _) = play(method, **variant)
     down, up = (
         sum(len(Array(tensor.numpy()).data) for record in records for tensor in record.tensors().values())
         for records in ([sent.broadcast, *sent.personal[:1]], sent.updates[:1])

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import shutil
-import signal
-import socket
 import ssl
 import stat
-import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +19,18 @@ from conftest import tiny
 from flwr.app import Context, Message
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
-from lab import Lab, free_port, mine
+from lab import free_port
 from PIL import Image
 
 import clients.app
 import strategies.devices
 from fedkd import protocol
-from fedkd.config import Config, Scalar
+from fedkd.config import Scalar
 from fedkd.data import FederatedData, federate
 from fedkd.data.devices import Description, Place, hosted, parse_clients, write_split
 from fedkd.errors import UserError
 from fedkd.results import Run
-from sims import deployment, inline
+from sims import inline
 from sims.deploy import Deployment, check
 from sims.launch import on_devices
 from strategies.app import app as server_app
@@ -629,166 +623,3 @@ def test_devices_hold_what_nobody_else_has() -> None:
     """Commands that need the images say that they are not here."""
     with pytest.raises(UserError, match="on the devices alone"):
         federate(tiny(**{"data.partition": "devices"}))
-
-
-# ---- real processes --------------------------------------------------------------------------------------------------
-
-DEPLOYED: dict[str, Scalar] = {
-    "run.clients": 8,
-    "run.clients-per-round": 2,
-    "run.rounds": 5,
-    "run.eval-every": 5,
-    "run.device": "cpu",
-    "data.alpha": 0.5,
-    "train.local-steps": 4,
-}
-
-
-def deal(config: Config, folder: Path, nodes: int) -> list[Path]:
-    """Give each of the nodes a folder with the data of its own clients and of nobody else."""
-    write_split(config, folder / "all")
-    homes = []
-    for node in range(nodes):
-        homes.append(folder / f"device{node}")
-        for client in parse_clients(Deployment(folder, nodes, config.run.clients, "localhost").clients_of(node)):
-            shutil.move(folder / "all" / str(client), homes[-1] / str(client))
-    return homes
-
-
-def straight(method: str, folder: Path, keys: dict[str, Scalar]) -> str:
-    """Return the digest of the undivided data in one process."""
-    inline.run(Config.from_flat({**keys, "run.method": method, "run.dir": str(folder)}))
-    return Run.open(folder).digest()
-
-
-def deployed(method: str, folder: Path, keys: dict[str, Scalar]) -> Config:
-    """Return the configuration of the same run on devices."""
-    own = {"run.method": method, "run.dir": str(folder), "data.partition": "devices"}
-    return Config.from_flat({**keys, **own})
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Iterator[Path]:
-    """A folder for a lab, and proof that no process of it is left."""
-    yield tmp_path
-    assert not mine(tmp_path)
-
-
-@pytest.mark.field
-def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
-    """TLS, keys, a process for each device with the data of its own clients: the same digests.
-
-    On the way, a device asks whether it is trusted, and one with another key hears that it is not.
-    """
-    data = deal(Config.from_flat(DEPLOYED), base, 4)
-    methods = ("fedgen", "apfl", "pgfed")
-    with Lab(base, 4, 8, data) as lab:
-        deployment.run([deployed(method, base / method, DEPLOYED) for method in methods], str(lab.folder))
-        keys = lab.folder / "devices" / "node-2"
-        at = f"127.0.0.1:{lab.deployment.port}"
-        trusted = {finding.what: finding for finding in check(keys, at, "4,5", data[2])}
-        assert all(finding.fine for finding in trusted.values()), trusted
-        Deployment(base / "foreign", 1, 1, "127.0.0.1").write()
-        foreign = base / "foreign" / "devices" / "node-0"
-        assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["TLS"] is False
-        shutil.copy(keys / "ca.pem", foreign / "ca.pem")
-        assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["key"] is False
-        port = lab.deployment.port
-    for method in methods:
-        assert Run.open(base / method).digest() == straight(method, base / f"straight-{method}", DEPLOYED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
-
-
-def rounds(folder: Path) -> list[dict[str, Any]]:
-    """Return what a run has written so far."""
-    return Run(folder).rows("rounds") if (folder / "rounds.jsonl").exists() else []
-
-
-def wait_for(holds: Callable[[], bool], seconds: float, lab: Lab) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, lab.log(-1)[-2000:]
-        time.sleep(0.5)
-
-
-@pytest.mark.field
-def test_a_device_dies_and_comes_back(base: Path) -> None:
-    """Killed in mid-run, it is dropped with a reason; started again, it takes part again."""
-    keys = DEPLOYED | {"run.clients": 2, "run.clients-per-round": 0, "run.rounds": 40, "run.eval-every": 40}
-    data = deal(Config.from_flat(keys), base, 2)
-    with Lab(base, 2, 2, data) as lab:
-        out = base / "run"
-        sets = [f"--set={key}={keys[key]}" for key in ("run.eval-every", "run.device", "train.local-steps")]
-        command = lab.fedkd(
-            *("run", "fedavg", "--engine", "deployment", "--superlink", str(lab.folder), "--out", str(out)),
-            *("--clients", "2", "--rounds", "40", "--set=run.timeout=40", *sets),
-        )
-        wait_for(lambda: len(rounds(out)) >= 1, 200, lab)
-        lab.kill(1)
-        wait_for(lambda: "dropped" in (rounds(out) or [{}])[-1], 200, lab)
-        came = len(rounds(out))
-
-        def back() -> bool:
-            if 1 not in lab.processes or lab.processes[1].poll() is not None:
-                lab.start_node(1)  # again, as systemd does, until the SuperLink has noticed that it was gone
-            return any(row["clients"] == [0, 1] for row in rounds(out)[came:])
-
-        wait_for(back, 200, lab)
-        command.send_signal(signal.SIGINT)
-        said, _ = command.communicate(timeout=60)
-        assert command.returncode == 130, said
-        dropped = [row["dropped"] for row in rounds(out) if "dropped" in row]
-        assert all(each["clients"] == [1] for one in dropped for each in one)
-        assert "round 1/40" in said
-
-
-@pytest.mark.field
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root")
-@pytest.mark.skipif(shutil.which("ip") is None, reason="network namespaces need iproute2")
-def test_devices_in_networks_of_their_own(base: Path) -> None:
-    """A server and two devices with addresses of their own and nothing shared but a cable."""
-    keys = DEPLOYED | {"run.clients": 2, "run.clients-per-round": 0, "run.rounds": 2, "run.eval-every": 2}
-    data = deal(Config.from_flat(keys), base, 2)
-    with networks(2) as (names, address), Lab(base, 2, 2, data, address, lambda n: exec_in(names[n + 1])) as lab:
-        sets = [f"--set={key}={keys[key]}" for key in ("run.eval-every", "run.device", "train.local-steps")]
-        command = lab.fedkd(
-            *("run", "fedavg", "--engine", "deployment", "--superlink", str(lab.folder), "--out", str(base / "run")),
-            *("--clients", "2", "--rounds", "2", "--set=data.alpha=0.5", *sets),
-        )
-        said, _ = command.communicate(timeout=240)
-        assert command.returncode == 0, said + lab.log(-1)[-2000:]
-    assert Run.open(base / "run").digest() == straight("fedavg", base / "straight", keys)
-
-
-def exec_in(name: str) -> list[str]:
-    """Return what puts a command into a network namespace."""
-    return ["ip", "netns", "exec", name]
-
-
-@contextlib.contextmanager
-def networks(nodes: int) -> Iterator[tuple[list[str], str]]:
-    """Give a namespace for the server, with a bridge, and one for each node; and the server's address."""
-    tag = f"fk{os.getpid()}"
-    names = [f"{tag}-{k}" for k in range(nodes + 1)]
-
-    def ip(*words: str) -> None:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"network namespaces are not allowed here: {done.stderr.strip()}")
-
-    with contextlib.ExitStack() as undo:
-        for name in names:
-            ip("netns", "add", name)
-            undo.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", names[0], "link", "add", "bridge", "type", "bridge")
-        ip("-n", names[0], "addr", "add", "10.213.57.1/24", "dev", "bridge")
-        ip("-n", names[0], "link", "set", "bridge", "up")
-        for node, name in enumerate(names[1:], start=2):
-            ip("-n", names[0], "link", "add", f"v{node}", "type", "veth", "peer", "name", "cable", "netns", name)
-            ip("-n", names[0], "link", "set", f"v{node}", "master", "bridge", "up")
-            ip("-n", name, "addr", "add", f"10.213.57.{node}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-        yield names, "10.213.57.1"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import clients.feddistill as feddistill_client
 import clients.fedproto as fedproto_client
 import strategies
+import strategies.fedavg as fedavg_server
 import strategies.feddf as feddf_server
 import strategies.feddistill as feddistill_server
 import strategies.fedensemble as fedensemble_server
@@ -247,6 +248,27 @@ def test_only_drawn_images_are_put_to_the_teachers_and_all_in_turn() -> None:
     x = setup.public.batch(torch.tensor([1, 4]))[0]  # type: ignore[union-attr]
     close(target[[1, 4]], torch.stack([forward(u.parameters, x)[1] for u in updates]).mean(dim=0), atol=1e-4)
     assert not target[[0, 2, 3, 5, 6, 7, 8]].any()
+
+
+def test_teachers_are_as_they_are_scored() -> None:
+    """In evaluation mode, each with its own averaged statistics, which putting questions to it does not move."""
+    config = tiny("feddf", **AVERAGED)
+    strategy = strategies.build(config, federate(config))
+    setup, state = strategy.setup, strategy.state
+    assert isinstance(state, fedavg_server.State)
+    assert setup.public is not None
+    updates = [
+        fedavg.Update(n * state.parameters, state.statistics + n * torch.rand(44), torch.tensor(10)) for n in (0.5, 1.5)
+    ]
+    rows = torch.arange(len(setup.public))
+    target = feddf_server._teacher(setup, updates, setup.public, [rows[:7], rows[7:]])
+    outputs = []
+    for one in updates:
+        setup.model.load(one.parameters, one.statistics)
+        setup.staged.eval()
+        with torch.no_grad():
+            outputs.append(torch.cat([setup.model(setup.public.batch(row)[0]) for row in torch.split(rows, 1)]))
+    close(target, (outputs[0] + outputs[1]) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_the_student_gets_its_batchnorm_statistics_from_the_public_data() -> None:
@@ -617,6 +639,22 @@ def test_the_step_of_the_paper_by_hand() -> None:
     after = forward(trained, x)[0]
     close(update.prototypes[1:], torch.stack([after[y == c].mean(dim=0) for c in (1, 2)]))
     assert not update.prototypes[0].any()
+
+
+def test_prototypes_of_the_paper_are_those_of_the_model_that_is_scored(worker: Callable[..., Any]) -> None:
+    """With BatchNorm: Eq. 3 in evaluation mode, with the client's own statistics, an image at a time."""
+    node = worker("fedproto", **AVERAGED, **{"fedproto.variant": "paper"})
+    first = fedproto_server.broadcast(node.setup, fedproto_server.init(node.setup), 1)
+    shard = node.shard(0, "train")
+    outcome = node.half.update(node.job(1, 0), first, None, shard)
+    node.setup.model.load(outcome.state.parameters, outcome.state.statistics)
+    node.setup.staged.eval()
+    x, y = shard.batch(slice(None))
+    with torch.no_grad():
+        features = torch.cat([node.setup.model(one, stop="head") for one in torch.split(x, 1)])
+    held = y.unique()
+    close(outcome.update.prototypes[held], torch.stack([features[y == c].mean(dim=0) for c in held]), 1e-4, 1e-5)
+    assert outcome.update.counts.tolist() == torch.bincount(y, minlength=10).tolist()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import clients.fedd2s as client
 import strategies.fedd2s as server
 from clients.training import SGD
 from fedkd.config import Scalar
+from fedkd.data import Shard
 from fedkd.errors import UserError
 from fedkd.losses import cross_entropy, kl
 from fedkd.method import load, names
@@ -193,6 +194,46 @@ def test_one_local_step(worker: MakeWorker, head: str, round: int) -> None:
     else:  # a linear head that is still zero has a gradient itself, but passes none on
         assert torch.equal(*after)
         assert float(state.heads.abs().max()) > 1e-4
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("head", HEADS)
+def test_one_local_step_by_hand(worker: MakeWorker, head: str) -> None:
+    """Phase 1 at the first of two stages: ``CE(f(x), y) + CE(h(r), y) + lam tau^2 KL(K[y] || softmax(h(r) / tau))``.
+
+    The second term is a linear head's only, the third has no row for class 1, and neither reaches what is behind r.
+    """
+    keys: Keys = {"fedd2s.lam": 0.7, "fedd2s.temperature": 3.0, "fedd2s.rounds-per-drop": 1, "fedd2s.head": head}
+    node = worker("fedd2s", **keys, **{"model.name": "mlp", "train.lr": 0.5, "train.local-steps": 1})
+    job, classes, rng = node.job(2, 0), node.setup.classes, torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, *node.data.images.shape, generator=rng), torch.tensor([0, 1, 2, 2, 0, 1])
+    knowledge, owners = torch.randn(classes, classes, generator=rng).softmax(dim=1), torch.ones(classes).long()
+    knowledge[1], owners[1] = 0.0, 0
+    start, linear = (torch.randn(node.setup.sizes[n], generator=rng) / 5 for n in ("parameters", "heads"))
+
+    theta = {name: view.clone().requires_grad_() for name, view in job.model.unflatten(start).items()}
+    r = torch.relu(x.flatten(1) @ theta["stages.hidden.1.weight"].T + theta["stages.hidden.1.bias"])
+    loss = functional.cross_entropy(r @ theta["stages.head.weight"].T + theta["stages.head.bias"], y)
+    beside = {}
+    if head == "deep-layers":
+        logits = r @ theta["stages.head.weight"].detach().T + theta["stages.head.bias"].detach()
+    else:
+        views = node.setup.extras["heads"].unflatten(linear).items()
+        beside = {name: view.clone().requires_grad_() for name, view in views}
+        logits = r @ beside["linear.hidden.weight"].T + beside["linear.hidden.bias"]
+        loss += functional.cross_entropy(logits, y)
+    k, q, known = knowledge[y], (logits / 3).softmax(dim=1), y != 1
+    loss += 0.7 * 3**2 * (k[known] * (k[known] / q[known]).log()).sum() / 6
+    moved = [*theta.values(), *beside.values()]
+    gradients = torch.autograd.grad(loss, moved, allow_unused=True)
+    after = [t if g is None else t - 0.5 * g for t, g in zip(moved, gradients, strict=True)]
+    expected = torch.cat([t.detach().flatten() for t in after]).split([len(start), len(linear)])
+
+    state = client.State(parameters=start, statistics=torch.zeros(0), last_round=torch.tensor(1), heads=linear)
+    shard = Shard(x, y, torch.zeros(1), torch.ones(1))
+    found = node.half.update(job, Broadcast(knowledge, owners), state, shard).state
+    torch.testing.assert_close(found.parameters, expected[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.heads, expected[1], rtol=1e-9, atol=1e-9)
 
 
 def test_linear_heads_are_trained_and_pass_gradients_on(worker: MakeWorker) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import strategies.fedftg as server
 from fedkd.config import Config, Scalar
 from fedkd.data import federate
 from fedkd.errors import UserError
-from fedkd.latent import draw_noise
 from fedkd.losses import (
     class_level_distance,
     class_level_divergence,
@@ -203,14 +205,6 @@ def test_the_generator_has_the_authors_size(case: dict[str, Any]) -> None:
     assert generator(torch.randn(2, case["noise"]), torch.tensor([0, 1])).shape == (2, *shape)
 
 
-@pytest.fixture
-def double_precision() -> Iterator[None]:
-    """Compute in double precision: a bias before BatchNorm has gradient zero but for rounding, which Adam magnifies."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.usefixtures("double_precision")
 def test_the_whole_fine_tuning_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three iterations against three clients: order of the steps, both optimisers, both modes of the generator."""
@@ -253,6 +247,97 @@ def test_the_whole_fine_tuning_is_the_authors(monkeypatch: pytest.MonkeyPatch) -
     for name, theirs in (("parameters", "student"), ("generator", "generator")):
         close(after[name], case[theirs])
     close(after["generator_statistics"], case["generator_statistics"])
+
+
+# The paper's game, written out.
+
+
+def divergence(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(one) || softmax(other)) of logits by its definition, per row."""
+    p, q = torch.softmax(one, dim=1), torch.softmax(other, dim=1)
+    return (p * (p.log() - q.log())).sum(dim=1)
+
+
+def with_parameters(module: torch.nn.Module, vector: torch.Tensor) -> torch.nn.Module:
+    """Return a copy of a module with the parameters of a vector."""
+    module = copy.deepcopy(module)
+    vector_to_parameters(vector.clone(), module.parameters())
+    return module
+
+
+def norms(z: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
+    """``exp(-mean_ij ||x_i - x_j||_2 ||z_i - z_j||_2 / scale)``, i = j included."""
+    pairs = itertools.permutations(range(len(z)), 2)
+    return torch.exp(-sum(torch.dist(x[i], x[j]) * torch.dist(z[i], z[j]) for i, j in pairs) / len(z) ** 2 / scale)
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("direction", ["client-model", "model-client"])
+@pytest.mark.parametrize("distance", ["norms", "scaled"])
+def test_the_papers_fine_tuning_by_hand(distance: str, direction: str) -> None:
+    """Two iterations in round 3 against two clients, by autograd alone.
+
+    With alpha_k^y = n_k^y / sum_i n_i^y, the generator descends ``-L_md + l_cls L_cls + l_dis L_dis``, the model L_md:
+    ``L_md = mean_i sum_k alpha_k^{y_i} KL(w_k || w)``, ``L_cls = mean_i sum_k alpha_k^{y_i} CE(w_k, y_i)``,
+    ``L_dis = exp(-mean_ij ||x_i - x_j||_2 ||z_i - z_j||_2)``; z ~ N(0, I), and both rates have decayed twice.
+    """
+    flat: dict[str, Scalar] = {"fedftg.diversity-distance": distance, "fedftg.divergence": direction}
+    flat |= {"fedftg.variant": "paper", "model.hidden": 4, "fedftg.batch": 6, "fedftg.noise": 2, "fedftg.width": 2}
+    flat |= {"fedftg.mining": 0.7, "fedftg.classification": 1.3, "fedftg.diversity": 1.6, "fedftg.student-steps": 2}
+    flat |= {"fedftg.server-lr": 0.2, "fedftg.generator-lr": 0.04, "fedftg.lr-decay": 0.5}
+    setup = Setup.build(tiny("fedftg", **flat, **{"fedftg.server-weight-decay": 0.1}), (1, 2, 2), 3, CPU)
+    generator = setup.extras["generator"]
+    start, *vectors = (random(setup.sizes["parameters"], seed=seed).detach() for seed in (1, 2, 3))
+    counts = torch.tensor([[5, 0, 1], [1, 4, 1]])
+    alpha = torch.tensor([[5 / 6, 0, 1 / 2], [1 / 6, 1, 1 / 2]])
+    model, *clients = (with_parameters(setup.staged, vector) for vector in (start, *vectors))
+    images_of = with_parameters(generator.module, generator.parameters)
+    adam = torch.optim.Adam(images_of.parameters(), lr=0.04 * 0.5**2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.2 * 0.5**2, weight_decay=0.1)
+
+    def apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        pairs = [(client(x), model(x))[:: 1 if direction == "client-model" else -1] for client in clients]
+        return sum(alpha[k, y] * divergence(*pair) for k, pair in enumerate(pairs)).mean()
+
+    rng = setup.streams.torch("fine-tuning", 3)
+    losses, right = [], []
+    for y in server.draw_labels(counts.sum(dim=0), 12, rng).split(6):
+        z = torch.randn(6, 2, generator=rng)
+        x = images_of.train()(z, y)
+        taught = sum(alpha[k, y] * functional.cross_entropy(w(x), y, reduction="none") for k, w in enumerate(clients))
+        losses.append((apart(x, y), taught.mean(), norms(z, x, math.sqrt(4 * 2) if distance == "scaled" else 1)))
+        adam.zero_grad()
+        (-0.7 * losses[-1][0] + 1.3 * losses[-1][1] + 1.6 * losses[-1][2]).backward()
+        adam.step()
+        x = images_of.eval()(z, y).detach()
+        for _ in range(2):
+            sgd.zero_grad()
+            apart(x, y).backward()
+            sgd.step()
+        guesses = [client(x).argmax(dim=1).tolist() for client in clients]
+        right += [sum(float(alpha[k, c]) for k in range(2) if guesses[k][i] == c) for i, c in enumerate(y.tolist())]
+    kind, none = records(setup.hyper)["Update"], torch.zeros(0)
+    updates = [
+        kind(parameters=vector, statistics=none, examples=torch.tensor(6), class_counts=count)
+        for vector, count in zip(vectors, counts, strict=True)
+    ]
+    fields = {"parameters": start, "statistics": none, "generator": generator.parameters.clone()}
+    fields["generator_statistics"] = generator.statistics.clone()
+    after, metrics = server._fine_tune(setup, fields, updates, 3)
+    close(after["parameters"], parameters_to_vector(model.parameters()).tolist(), rtol=1e-6, atol=1e-7)
+    close(after["generator"], parameters_to_vector(images_of.parameters()).tolist(), rtol=1e-6, atol=1e-7)
+    for name, values in zip(("discrepancy", "classification", "diversity"), zip(*losses, strict=True), strict=True):
+        assert metrics[f"generator_{name}"] == pytest.approx((float(sum(values).detach()), 2), rel=1e-9)
+    assert metrics["teacher_accuracy"] == pytest.approx((sum(right) / 6, 2))
+    assert sum(right) / 12 not in (0, 0.5, 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_generator_learns_what_its_labels_mean(run_inline: RunInline, variant: str) -> None:
+    """How often the clients, weighted by alpha, see the asked label in its image rises over the rounds."""
+    rows = run_inline("fedftg", **{"fedftg.variant": variant}).rows("rounds")
+    accuracies = [row["teacher_accuracy_sum"] / row["teacher_accuracy_weight"] for row in rows]
+    assert accuracies[-1] > accuracies[0] + 0.1
 
 
 # Structure.
@@ -591,8 +676,15 @@ def test_losses_of_the_generator_are_for_its_own_labels() -> None:
         torch.testing.assert_close(losses["classification"], expected)
 
 
-def test_noise_is_normal() -> None:
-    """z ~ N(0, I) in both variants."""
-    noise = draw_noise("paper", (4000, 2), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_generator_is_asked_with_normal_noise(variant: str) -> None:
+    """z ~ N(0, I) in both variants: what reaches the generator, thousands of values of it."""
+    setup, state, updates = round_of(**{"fedftg.variant": variant, "fedftg.batch": 64, "fedftg.student-steps": 0})
+    seen: list[torch.Tensor] = []
+    setup.extras["generator"].module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    server.update(setup, state, updates, 1)
+    noise = torch.cat(seen)
+    assert noise.shape[1] == 100
     assert abs(float(noise.mean())) < 0.05
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    assert float(noise.abs().max()) > 3

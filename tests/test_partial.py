@@ -23,6 +23,7 @@ from fedkd.methods import fedper
 from fedkd.methods.fedavg import Broadcast
 from fedkd.methods.fedrod import State as RodState
 from fedkd.results import Run
+from sims import cli
 from strategies import build
 
 RunInline = Callable[..., Run]
@@ -133,11 +134,26 @@ def test_fedbabu_without_a_fixed_head_is_the_control(run_inline: RunInline) -> N
 
 
 @pytest.mark.parametrize("keys", [MODELS["mlp"], {"model.name": "fedgen_cnn", "model.norm": "group"}], ids=str)
-def test_fedbn_without_batchnorm_is_fedavg(run_inline: RunInline, keys: Keys) -> None:
-    """GroupNorm has no statistics of a batch, so it is none of the layers that stay."""
+def test_fedbn_without_batchnorm_is_fedavg_and_says_so(
+    run_inline: RunInline, keys: Keys, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GroupNorm has no statistics of a batch, so it is none of the layers that stay; a tie in a table means nothing."""
     bn, avg = run_inline("fedbn", **keys), run_inline("fedavg", **keys)
     assert states(bn) == states(avg)
     assert scores(bn, "global") == scores(bn, "personal") == scores(avg, "global")
+    cli._warn_of_ignored([bn.config, avg.config], [])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fedkd: model.name = '{keys['model.name']}' with model.norm = ")
+    assert line.endswith("take model.name=fedgen_cnn (or resnet18) and model.norm=batch")
+    cli._warn_of_ignored([tiny("fedbn", **MODELS["personal-norm"])], [])
+    assert not capsys.readouterr().err
+
+
+def test_fedbn_whose_clients_are_all_alike_is_fedavg(run_inline: RunInline) -> None:
+    """With one client there is nothing that others could have normalised otherwise."""
+    keys: Keys = {**MODELS["personal-norm"], "run.clients": 1, "run.clients-per-round": 1}
+    bn, avg = run_inline("fedbn", **keys), run_inline("fedavg", **keys)
+    assert scores(bn, "personal") == scores(avg, "global") != scores(bn, "global")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -22,11 +22,13 @@ import strategies.pfedme as pfedme_server
 from clients.training import Job
 from fedkd.config import Scalar
 from fedkd.data import Shard
+from fedkd.errors import UserError
 from fedkd.losses import cross_entropy
 from fedkd.methods import ditto, fedavg, fedavg_ft
 from fedkd.models import FlatModel
 from fedkd.results import Run
 from fedkd.setup import Setup
+from sims import cli
 
 RunInline = Callable[..., Run]
 Worker = Callable[..., Any]
@@ -252,6 +254,53 @@ def test_pfedme_with_one_inner_step_and_a_whole_outer_one_is_fedavg(
     for name, final in load_file(expected.folder / "final.safetensors").items():
         assert torch.allclose(load_file(mine.folder / "final.safetensors")[name], final, atol=1e-5), name
     assert mine.summary()["last_global"] == pytest.approx(expected.summary()["last_global"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("lr", "curvature", "settles"),
+    [
+        (2 / 15, 0.0, True),
+        (2 / 15, 1.0, True),
+        (2 / 15, 7.0, True),
+        (0.4, 1.0, True),
+        (0.4, 4.0, True),
+        (0.4, 5.0, False),
+    ],
+)
+def test_pfedmes_steps_settle_for_any_loss_only_up_to_lr_lambda_2(
+    monkeypatch: pytest.MonkeyPatch, lr: float, curvature: float, settles: bool
+) -> None:
+    """On ``f = curvature / 2 ||theta||^2``, where the inner steps alone do: inner-lr (lambda + curvature) < 2."""
+    job = double("pfedme", **{"train.lr": lr})
+    (start,) = vectors(job, 1)
+    feed(monkeypatch, batches=[data()] * 60)
+    loss = lambda *_: curvature / 2 * torch.stack([t.square().sum() for t in job.model.tensors]).sum().reshape(1)  # noqa: E731
+    monkeypatch.setattr(pfedme_half, "cross_entropy", loss)
+    outcome = pfedme_half.update(job, fedavg.Broadcast(start.clone(), EMPTY), None, SHARD)
+    w = outcome.update.tensors()["parameters"]
+    assert (float(w.norm()) <= float(start.norm())) == settles
+    assert not settles or torch.isfinite(w).all()
+
+
+def test_steps_that_overshoot_are_doubted_or_refused() -> None:
+    """Refused where the inner steps cannot settle, doubted where it depends on the loss."""
+    assert tiny("pfedme", **{"pfedme.inner-lr": 0.13}).hyper.inner_lr == 0.13
+    assert tiny("pfedme", **{"pfedme.inner-lr": 0.14, "pfedme.inner-steps": 1}).hyper.inner_steps == 1  # FedAvg has it
+    with pytest.raises(UserError, match=r"pfedme\.lam = 15\.0 times pfedme\.inner-lr = 0\.14 .* below 0\.133"):
+        tiny("pfedme", **{"pfedme.inner-lr": 0.14})
+    for method, key, most in (("pfedme", "pfedme.lam", 10.0), ("ditto", "ditto.lam", 9.9)):
+        quiet, said = (tiny(method, **{"train.lr": 0.2, key: lam}) for lam in (most, 10.1))
+        assert quiet.hyper.doubts(quiet.train, quiet.model, 0) == []
+        [line] = said.hyper.doubts(said.train, said.model, 0)
+        assert line.startswith(f"train.lr = 0.2 times {key} = 10.1 ")
+
+
+def test_a_doubt_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the number of seeds and the methods beside."""
+    runs = [tiny(method, **{"train.lr": 0.4, "run.seed": seed}) for method in ("pfedme", "fedavg") for seed in (1, 2)]
+    cli._warn_of_ignored(runs, ["train.lr"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedkd: train.lr = 0.4 times pfedme.lam = 15.0 is above 2, where ")
 
 
 def test_pfedme_without_a_pull_or_without_a_server_step_leaves_the_global_model(

@@ -450,7 +450,7 @@ def test_results_state_epsilon(run_inline: RunInline) -> None:
     spent = [row["epsilon"] for row in run.rows("rounds")]
     assert spent == [privacy.epsilon(1.0, 6, 3, rounds, 1e-5) for rounds in (1, 2, 3)]
     assert spent == sorted(spent)
-    assert run.summary()["privacy"] == {"epsilon": spent[-1], "delta": 1e-5}
+    assert run.summary()["privacy"] == {"epsilon": spent[-1], "delta": 1e-5, "noise": "seeded"}
 
 
 def test_what_a_client_weighs_does_not_matter() -> None:
@@ -516,5 +516,5 @@ def test_devices_would_know_the_noise(tmp_path: Path) -> None:
     setup = Setup.build(config, (1, 8, 8), 10, torch.device("cpu"))
     from strategies import fedavg
 
-    with pytest.raises(UserError, match="would give away"):
+    with pytest.raises(UserError, match=r"every device knows run\.seed"):
         privacy.check(setup, load("fedavg"), fedavg)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import cases, tiny
+from conftest import cases, normed_cases, tiny
 
 from fedkd.config import Scalar
 from fedkd.results import Run
@@ -64,9 +64,11 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ALL = [(f"{name}-{'-'.join(map(str, variant.values())) or 'only'}", name, variant) for name, variant in cases()]
-BATCH_NORM: list[tuple[str, str, dict[str, Scalar]]] = [
-    *((f"{name}-cnn", name, IMAGES_28) for name in ("fedgen", "fedavg", "fedprox", "local")),
-    ("fedavg-averaged", "fedavg", IMAGES_28 | {"model.norm-statistics": "averaged"}),
+BATCH_NORM = {name: keys | {"run.rounds": 2, "run.eval-every": 2} for name, keys in normed_cases()}
+"""Of each method one variant, with averaged statistics where it sends any."""
+OTHERS: list[tuple[str, str, dict[str, Scalar]]] = [
+    *((f"{name}-{keys['model.norm-statistics']}", name, keys) for name, keys in BATCH_NORM.items()),
+    *((f"{name}-28", name, IMAGES_28) for name in ("fedgen", "fedavg")),
     ("fedavg-sums", "fedavg", {"run.exchange": "sums"}),
 ]
 
@@ -81,7 +83,7 @@ def digests(
         base = tmp_path_factory.mktemp(f"nodes{nodes}")
         configs = {
             label: tiny(name, **(keys | {"run.dir": str(base / label), "data.root": str(mnist_root)}))
-            for label, name, keys in (*ALL, *BATCH_NORM)
+            for label, name, keys in (*ALL, *OTHERS)
         }
         if nodes:
             superlink.run(list(configs.values()), nodes)
@@ -93,7 +95,7 @@ def digests(
     return found
 
 
-@pytest.mark.parametrize("label", [label for label, _, _ in (*ALL, *BATCH_NORM)])
+@pytest.mark.parametrize("label", [label for label, _, _ in (*ALL, *OTHERS)])
 def test_same_digest_inline_and_on_one_and_two_nodes(label: str, digests: dict[str, list[str]]) -> None:
     """A history is a function of (config, seed); client state is found by whichever actor trains the client next."""
     inline_digest, *simulated = digests[label]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedkd.config import HyperParameters
+from fedkd.config import HyperParameters, ModelSection, TrainSection
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg
 from fedkd.payload import ParameterVector, Statistics
@@ -23,8 +23,18 @@ class Hyper(HyperParameters):
         1.0,
         ge=0,
         description="lambda, the pull of the personal model to the global one; 0 is local training; "
-        "1 is the released example's",
+        "1 is the released example's; times train.lr below 2, or the personal models may diverge",
     )
+
+    def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
+        """Say so where the pull overshoots by more than the distance that it acts on."""
+        del model, statistics
+        if self.lam * train.lr < 2:
+            return []
+        return [
+            f"train.lr = {train.lr} times ditto.lam = {self.lam} is not below 2, so personal models may diverge; "
+            f"take train.lr below {2 / self.lam:.3g}, or a smaller ditto.lam"
+        ]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedkd import partial
+from fedkd.config import ModelSection, TrainSection
 from fedkd.method import Method, Paper
 from fedkd.models import FlatModel
 
@@ -19,6 +20,16 @@ class Hyper(partial.Hyper):
         for name, view in model.unflatten(mask).items():
             view.fill_(name.rpartition(".")[0] not in norms)
         return mask
+
+    def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
+        """Say so where no layer stays with the clients: a table with FedAvg would show a tie that means nothing."""
+        del train
+        if statistics:
+            return []
+        return [
+            f"model.name = '{model.name}' with model.norm = '{model.norm}' has no BatchNorm for fedbn to leave with "
+            "the clients, so its run is fedavg's; take model.name=fedgen_cnn (or resnet18) and model.norm=batch"
+        ]
 
 
 METHOD = Method(

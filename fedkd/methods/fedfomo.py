@@ -43,7 +43,7 @@ class Hyper(HyperParameters):
         ge=0,
         le=1,
         description="chance that a place goes to a random model, in the first round; 0: affinity alone decides",
-        json_schema_extra={"only": {"downloads": 1, "run.clients-per-round": 0, "run.rounds": 3}},
+        json_schema_extra={"only": {"downloads": 2, "run.clients-per-round": 0, "run.rounds": 4}},
     )
     epsilon_decay: float = Field(
         0.05,
@@ -63,6 +63,9 @@ class Hyper(HyperParameters):
         "scaled",
         description="what is added to the affinities: weights divided by the size of their sum (released code), or "
         "the weights as they are",
+        json_schema_extra={
+            "only": {"downloads": 1, "run.clients-per-round": 0, "run.rounds": 10, "data.alpha": 100.0, "train.lr": 0.2}
+        },
     )
 
 

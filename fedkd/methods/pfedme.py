@@ -14,11 +14,11 @@ Client i's part of the global objective is the Moreau envelope of its loss,
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fedkd.config import HyperParameters
+from fedkd.config import HyperParameters, ModelSection, TrainSection
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg, fedavg_ft
 
@@ -30,8 +30,9 @@ class Hyper(HyperParameters):
     lam: float = Field(
         15.0,
         ge=0,
-        description="lambda, the pull of the personal model to the client's copy of the global one; times inner-lr "
-        "it has to stay below 2; 0: the global model never moves; 15 is the released code's",
+        description="lambda, the pull of the personal model to the client's copy w of the global one; times inner-lr "
+        "below 2; times train.lr at most 1, or w overshoots the personal model, and beyond 2 it may diverge; 0: the "
+        "global model never moves; 15 is the released code's",
     )
     inner_steps: int = Field(
         5,
@@ -51,6 +52,25 @@ class Hyper(HyperParameters):
         ge=0,
         description="the server moves this far from the old model to the clients' mean; 1 takes the mean, 0 stays",
     )
+
+    @model_validator(mode="after")
+    def _inner_steps_contract(self) -> Self:
+        if self.inner_steps > 1 and self.lam * self.inner_lr >= 2:
+            raise ValueError(
+                f"pfedme.lam = {self.lam} times pfedme.inner-lr = {self.inner_lr} is at least 2, with which the inner "
+                f"steps run away from the personal model; take pfedme.inner-lr below {2 / self.lam:.3g}"
+            )
+        return self
+
+    def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
+        """Say so where the steps of w overshoot by more than they gain."""
+        del model, statistics
+        if self.lam * train.lr <= 2:
+            return []
+        return [
+            f"train.lr = {train.lr} times pfedme.lam = {self.lam} is above 2, where pfedme's global model may diverge; "
+            f"take train.lr up to {1 / self.lam:.3g}, or a smaller pfedme.lam"
+        ]
 
 
 METHOD = Method(
