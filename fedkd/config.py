@@ -183,6 +183,7 @@ class ModelSection(Section):
         description="initial weights from the run's own random stream, or those that a plain PyTorch script has after "
         "torch.manual_seed(run.seed), so that published runs can start from the same weights",
     )
+    seed: int = Field(-1, ge=-1, lt=2**32, description="seed of the initial weights; -1: the run's seed")
     memory_format: Literal["contiguous", "channels-last"] = Field(
         "contiguous",
         description="how images lie in memory; channels-last makes larger convolutions faster and small ones slower, "

@@ -193,7 +193,7 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
         config: the ``model`` section.
         input_shape: ``(channels, height, width)``.
         classes: number of logits.
-        streams: the run's random streams; ``model`` seeds the initial parameters.
+        streams: the run's random streams; ``model`` seeds the initial parameters, unless ``model.seed`` does.
 
     Raises:
         UserError: an unknown model, or images that it cannot take.
@@ -204,7 +204,8 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
     if name not in _MODELS:
         raise UserError(f"model.name = '{name}' is unknown{nearest(name, _MODELS)} (known: {', '.join(_MODELS)})")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(streams.seed if config.init == "torch-seed" else streams.number("model"))
+        own = streams if config.seed < 0 else Streams(config.seed)
+        torch.manual_seed(own.seed if config.init == "torch-seed" else own.number("model"))
         try:
             stages = OrderedDict(_MODELS[name](config, input_shape, classes))
             model = StagedModel(stages, input_shape, config.memory_format == "channels-last")

@@ -380,3 +380,16 @@ def test_torch_seed_gives_the_weights_of_a_plain_script() -> None:
     for mine, theirs in zip(built.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert not torch.equal(next(iter(made("fedgen_cnn", seed=3).parameters())), next(iter(plain.parameters())))
+
+
+@pytest.mark.parametrize("init", ["stream", "torch-seed"])
+def test_the_weights_may_have_a_seed_of_their_own(init: str) -> None:
+    """So that what weights and what cohorts do to a result can be told apart; the run's own seed is the default."""
+
+    def weights(run: int, own: int) -> torch.Tensor:
+        model = models.build(ModelSection(name="mlp", init=init, seed=own), MNIST, 10, Streams(run))
+        return torch.cat([p.reshape(-1) for p in model.parameters()])
+
+    assert torch.equal(weights(1, 7), weights(2, 7))
+    assert torch.equal(weights(1, 7), weights(7, -1))
+    assert not torch.equal(weights(1, 7), weights(1, -1))
