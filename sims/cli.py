@@ -906,8 +906,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point: one clear line and exit code 2 for the user's mistakes, 1 for failures, 130 when interrupted."""
-    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal ends a run as Ctrl-C does
-        if hasattr(signal, name):
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal ends a run as Ctrl-C does, unless nohup keeps it away
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

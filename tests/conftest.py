@@ -7,6 +7,7 @@ import gzip
 import importlib
 import itertools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,6 +49,13 @@ TINY_METHOD: dict[str, dict[str, Scalar]] = {
     "fedgen": {"fedgen.generator-steps": 4},
 }
 """What makes a method's run a short one, or a run at all."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard() -> None:
+    """Let the processes of the tests be interrupted also where a shell started the tests in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

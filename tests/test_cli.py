@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -151,3 +153,16 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, sims.cli; print(sorted({'torch', 'flwr', 'pandas', 'ray', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there are no terminals to close")
+@pytest.mark.parametrize("kept_away", [True, False])
+def test_a_closed_terminal_ends_a_run_unless_nohup_keeps_it_away(
+    fedkd: Callable[..., int], monkeypatch: pytest.MonkeyPatch, kept_away: bool
+) -> None:
+    """``nohup`` ignores SIGHUP before the command starts."""
+    heard: list[int] = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: heard.append(number))
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN if kept_away else signal.SIG_DFL)
+    assert fedkd("--help") == 0
+    assert (signal.SIGHUP in heard) != kept_away
