@@ -22,7 +22,8 @@ import clients.app
 from fedkd import protocol
 from fedkd.config import Config, Scalar
 from fedkd.data.devices import parse_clients, write_split
-from fedkd.results import Run
+from fedkd.errors import UserError
+from fedkd.results import Run, lock
 from sims import deployment, inline
 from sims.deploy import Deployment, check
 from strategies.app import app as server_app
@@ -187,6 +188,15 @@ def again(done: list[dict[str, Any]], data: list[Path], folder: Path, keys: Keys
     return Run.open(folder / "run").rows("rounds")
 
 
+def is_free(folder: Path) -> bool:
+    """Return whether nobody writes to a run's folder."""
+    try:
+        lock(folder).close()
+    except UserError:
+        return False
+    return True
+
+
 def the_server_dies(lab: Lab, base: Path) -> None:
     """The SuperLink is killed in mid-run and started again; the run ends with an error, and goes on when asked."""
     keys = one_each(3, 2) | {"run.clients-per-round": 2, "run.checkpoint-every": 1}
@@ -199,6 +209,10 @@ def the_server_dies(lab: Lab, base: Path) -> None:
     assert command.returncode == 1, said
     assert f"the SuperLink is gone; when it is back, `fedkd resume {out} " in said
     lab.start_superlink()
+    deadline = time.monotonic() + 60
+    while not is_free(out):  # the ServerApp, a process of its own, ends by itself too
+        assert time.monotonic() < deadline, lab.log(-1)[-2000:]
+        time.sleep(0.1)
     command = lab.fedkd("resume", str(out), *on_devices(lab))
     said, _ = command.communicate(timeout=200)
     assert command.returncode == 0, said + lab.log(-1)[-2000:]
