@@ -285,7 +285,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return (self.folder / "summary.json").exists()
+        with _readable(self.folder):
+            return (self.folder / "summary.json").exists()
 
     @property
     def environment(self) -> Row:

@@ -78,7 +78,10 @@ def _folder(text: str | Path) -> Path:
     """Read a folder from the command line; an empty word is a variable that was never set, not this folder."""
     if not str(text).strip():
         raise typer.BadParameter("the name of the folder is empty")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # a user who is not there
+        raise typer.BadParameter(f"{text}: {error}") from error
 
 
 def _out(text: str) -> Any:
@@ -852,13 +855,11 @@ def _open_all(folders: Sequence[Path]) -> list[Run]:
 
     runs = []
     for folder in folders:
-        if (folder / "rounds.jsonl").exists():
-            runs.append(Run.open(folder))
-            continue
-        inside = sorted(path.parent for path in folder.glob("*/rounds.jsonl"))
-        if not inside:
-            Run.open(folder)
-        runs += [Run.open(path) for path in inside]
+        try:
+            inside = [] if (folder / "rounds.jsonl").exists() else sorted(folder.glob("*/rounds.jsonl"))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+        runs += [Run.open(path.parent) for path in inside] or [Run.open(folder)]
     return runs
 
 

@@ -68,7 +68,7 @@ BATCH_NORM = {name: keys | {"run.rounds": 2, "run.eval-every": 2} for name, keys
 """Of each method one variant, with averaged statistics where it sends any."""
 OTHERS: list[tuple[str, str, dict[str, Scalar]]] = [
     *((f"{name}-{keys['model.norm-statistics']}", name, keys) for name, keys in BATCH_NORM.items()),
-    *((f"{name}-28", name, IMAGES_28) for name in ("fedgen", "fedavg")),
+    *((f"{name}-28", name, IMAGES_28) for name in ("fedgen", "fedavg", "fedprox", "local")),
     ("fedavg-sums", "fedavg", {"run.exchange": "sums"}),
 ]
 

@@ -194,11 +194,14 @@ def local_folder(name: str, root: str) -> Path | None:
         return None
     if root:
         base = Path(root).expanduser()
-        if not base.is_dir():
-            raise UserError(f"data.root = '{root}' is not a folder that can be read")
-        for folder in (base / name, base):
-            if folder.is_dir() and (list(folder.glob("train-*.parquet")) or _is_idx(folder)):
-                return folder
+        try:
+            if not base.is_dir():
+                raise UserError(f"data.root = '{root}' is not a folder that can be read")
+            for folder in (base / name, base):
+                if folder.is_dir() and (list(folder.glob("train-*.parquet")) or _is_idx(folder)):
+                    return folder
+        except OSError as error:
+            raise UserError(f"data.root = '{root}' cannot be read: {error.strerror}") from error
         raise UserError(
             f"data.root = '{root}' holds neither train-*.parquet nor idx files, and no folder '{name}' that does"
         )
