@@ -163,7 +163,7 @@ class FlatModel:
     def descend(self, loss: torch.Tensor, parameters: torch.Tensor, lr: float) -> None:
         """Step along a scalar loss's gradient in the module: ``parameters -= lr * gradient``, on a vector ``[P]``.
 
-        The sum of the parts that autograd gives, without making one vector of them first: in a model of a million
+        Tensor by tensor, as autograd gives the gradient, without making one vector of it first: in a model of a million
         parameters that costs a twentieth of the step.
         """
         parts = torch.autograd.grad(loss, self.tensors, allow_unused=True)

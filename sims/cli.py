@@ -812,11 +812,15 @@ def _warn_of_ignored(configs: Sequence[Config], given: Iterable[str]) -> None:
 
 
 def _doubts(config: Config) -> list[str]:
+    """Return what the method doubts of its settings, beside those of the run and the model that it leads to."""
     import torch
 
+    from fedkd.config import HyperParameters
     from fedkd.data import federate
     from fedkd.setup import Setup
 
+    if type(config.hyper).doubts is HyperParameters.doubts:
+        return []  # no need of the model
     if config.data.partition == "devices":
         return []  # what images they have, and so the model, is not known here
     data = federate(config)
