@@ -60,7 +60,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
                 slope = released_alpha_gradient(alpha, own, w, v_gradient, w_gradient, hyper.alpha_pull)
                 alpha = _clip(alpha - sgd.lr * slope)
     base = fedavg.finish(job, shard, loss)
-    assert base.state is not None
     return Outcome(
         update=base.update,
         state=State(

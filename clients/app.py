@@ -79,17 +79,16 @@ def train(message: Message, context: Context) -> Message:
     personal = worker.personal(message, order.clients)
     pooled = Total(worker.config, worker.sum) if worker.sum else None
     updates, rows = [], []
-    for client in order.clients:
+    for client, version in zip(order.clients, order.versions, strict=True):
         began = time.perf_counter()
         with _named(client):
-            state = worker.state(client, before_round=order.round)
+            state = worker.state(client, version)
             job = worker.job(order.round, client, personal.get(client))
             update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
             update.check(worker.setup.sizes, "the client")
             update = clipped(update, broadcast, worker.config.privacy.clip_norm) if worker.config.privacy.on else update
-            if new_state is not None:
-                new_state.check(worker.setup.of(client).sizes, "the client")
-                worker.store.save(new_state, client, order.round)
+            new_state.check(worker.setup.of(client).sizes, "the client")
+            worker.store.save(new_state, client, order.round, version)
             if pooled:
                 pooled.add(update, client)
             else:
@@ -108,9 +107,9 @@ def evaluate(message: Message, context: Context) -> Message:
     worker = _worker_of(order, context)
     broadcast = worker.broadcast(message, worker.method.Scoring)
     rows = []
-    for client in order.clients:
+    for client, version in zip(order.clients, order.versions, strict=True):
         with _named(client):
-            state = worker.state(client, before_round=order.round + 1)
+            state = worker.state(client, version)
             train, test = worker.shard(client, "train"), worker.shard(client, "test")
             models: Models = worker.half.models(worker.job(order.round, client), broadcast, state, train)
             row: dict[str, Any] = {"client": client, "total": len(test)}
@@ -138,7 +137,7 @@ def _named(client: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, PayloadError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, PayloadError | UserError) else f"{type(error).__name__}: "
         advice = "".join(text for begin, text in _ADVICE.items() if str(error).startswith(begin))
         raise ClientError(f"client {client}: {kind}{error}{advice}") from error
 
@@ -188,9 +187,9 @@ class Worker:
         records = unpack(self.method.Personal, protocol.arrays(message, "personal"), self.setup.sizes, owners)
         return dict(zip(clients, records, strict=True))
 
-    def state(self, client: int, before_round: int) -> Record | None:
-        """Return what the client kept, or None."""
-        return self.store.load(self.method.State, client, before_round, self.setup.of(client).sizes)
+    def state(self, client: int, version: int) -> Record | None:
+        """Return what the client kept after a round; None for round 0."""
+        return self.store.load(self.method.State, client, version, self.setup.of(client).sizes)
 
     def job(self, round: int, client: int, personal: Record | None = None) -> Job:
         """Return a client's job in a round, with the workspace of the client's own model."""

@@ -18,7 +18,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     """
     hyper: Hyper = job.hyper
     base = fedavg.update(job, broadcast, state, shard)
-    assert base.state is not None
     anchor = broadcast.parameters.to(job.model.device)
     if state is None:
         job.model.load(job.initial_parameters, initial_statistics(job.model))

@@ -14,7 +14,6 @@ adapt = fedavg.adapt
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """FedAvg's local training; the client also keeps its model as it is before aggregation."""
     outcome = fedavg.update(job, broadcast, state, shard)
-    assert outcome.state is not None
     return outcome._replace(state=State(**outcome.state.tensors(), parameters=job.model.parameters.clone()))
 
 

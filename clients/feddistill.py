@@ -47,7 +47,6 @@ def update(
     held = torch.ones_like(kept["output_counts"]) if hyper.variant == "authors" else (kept["output_counts"] > 0).long()
     metrics = {"loss": loss.metric()} | ({"distillation_loss": distillation.metric()} if distillation.weight else {})
     base = fedavg.finish(job, shard, loss)
-    assert base.state is not None
     if hyper.share_model:
         update: Record = SharedUpdate(**base.update.tensors(), outputs=means, held=held)
         return Outcome(update, SharedState(**base.state.tensors(), **kept), metrics)

@@ -37,5 +37,4 @@ def train(job: Job, broadcast: Broadcast, state: State | None, shard: Shard, *, 
             extra=alpha * (job.model.parameters - centre),
         )
     outcome = fedavg.finish(job, shard, loss)
-    assert outcome.state is not None
     return outcome._replace(state=State(**outcome.state.tensors(), drift=drift + job.model.parameters - anchor))

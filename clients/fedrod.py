@@ -38,7 +38,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         personal = logits.detach() + head(features.detach())
         head_sgd.step(personal_loss.add(cross_entropy(personal, y)))
     outcome = fedavg.finish(job, shard, loss)
-    assert outcome.state is not None
     kept = State(
         **outcome.state.tensors(),
         personal_head=head.parameters.clone(),

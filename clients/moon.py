@@ -63,7 +63,6 @@ def train(
             total = total + mu * contrast_loss.add(contrast(z.flatten(1), positive(x), negative(x), temperature))
         sgd.step(total)
     outcome = fedavg.finish(job, shard, loss)
-    assert outcome.state is not None
     kept = State(**outcome.state.tensors(), parameters=job.model.parameters.clone())
     metrics = {"contrast_loss": contrast_loss.metric()} if contrast_loss.weight else {}
     return Outcome(outcome.update, kept, outcome.metrics | metrics)

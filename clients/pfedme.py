@@ -37,7 +37,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
             theta.add_(direction, alpha=-hyper.inner_lr)
         outer.apply(hyper.lam * (w - theta))
     base = fedavg.finish(job, shard, loss)
-    assert base.state is not None
     return Outcome(
         update=Update(**base.update.tensors() | {"parameters": w}),
         state=State(**base.state.tensors(), parameters=w.clone() if hyper.variant == "authors" else theta.clone()),

@@ -42,7 +42,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
             alpha = (alpha - hyper.lam * alpha_gradient(offsets, gradients, job.model.parameters)).clamp(min=0)
         sgd.step(batch_loss, extra)
     base = fedavg.finish(job, shard, loss)
-    assert base.state is not None
     gradient, offset = expansion(job, shard)
     return Outcome(
         update=Update(

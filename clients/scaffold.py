@@ -50,7 +50,6 @@ def train(
     if control is None:
         control = path_gradient(x0, job.model.parameters, shift, steps, sgd.lr)
     base = fedavg.finish(job, shard, loss)
-    assert base.state is not None
     return Outcome(
         update=Update(**base.update.tensors(), control_change=control - own),
         state=State(**base.state.tensors(), control=control),

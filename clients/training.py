@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     """What local training gives: the payload for the server, the state to keep, and metrics."""
 
     update: Record
-    state: Record | None
+    state: Record
     metrics: Metrics
 
 

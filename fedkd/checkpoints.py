@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ class Checkpoint:
         round: the last round that counts; 0: none.
         state: the server's state after it.
         ends: how many bytes of each log are kept.
+        versions: by client, the last of these rounds whose update counts.
         unusable: newer checkpoints that do not count, and why.
     """
 
     round: int
     state: Record
     ends: dict[str, int]
+    versions: dict[int, int] = field(default_factory=dict)
     unusable: dict[int, str] = field(default_factory=dict)
 
 
@@ -66,21 +68,26 @@ def newest(folder: Path, start: Record, sizes: Sizes, every: int) -> Checkpoint:
     unusable: dict[int, str] = {}
     for round in _rounds(folder):
         try:
-            return Checkpoint(round, *_read(folder, round, start, sizes, every), unusable)
+            state, ends = _read(folder, round, start, sizes, every)
+            return Checkpoint(round, state, ends, versions(folder, round), unusable)
         except _UnusableError as error:
             unusable[round] = str(error)
-    return Checkpoint(0, start, dict.fromkeys(LOGS, 0), unusable)
+    return Checkpoint(0, start, dict.fromkeys(LOGS, 0), unusable=unusable)
+
+
+def versions(folder: Path, round: int) -> dict[int, int]:
+    """Return, by client, the last round up to ``round`` in which the server took its update."""
+    return {client: row["round"] for _, row in _rows(folder / "rounds.jsonl", round) for client in row["clients"]}
 
 
 def needed(versions: Iterable[int], round: int, every: int) -> set[int]:
     """Return which versions of a client's state have to stay once the one of ``round`` is written.
 
     Beside that one, the newest that is not newer than each checkpoint which the server may still go back to: the last
-    before ``round`` and the one before it.  So there are at most three, however long the run.  Later ones are of a
-    history that is being written again.
+    before ``round`` and the one before it.  So there are at most three, however long the run.
 
     Args:
-        versions: the rounds that the client has a state of.
+        versions: the earlier rounds that the client has a state of, all of which count.
         round: the round under way.
         every: rounds between checkpoints.
     """
@@ -133,16 +140,23 @@ def _read(folder: Path, round: int, start: Record, sizes: Sizes, every: int) -> 
 def _end(log: Path, round: int) -> tuple[int, dict[str, Any]]:
     """Return where a log's rows up to a round end, in bytes, and the last of these rows ({}: there is none)."""
     end, last = 0, dict[str, Any]()
+    for found in _rows(log, round):
+        end, last = found
+    return end, last
+
+
+def _rows(log: Path, round: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield a log's rows up to a round, each with where it ends."""
+    end = 0
     try:
         with log.open("rb") as lines:
             for line in lines:
                 row = json.loads(line) if line.endswith(b"\n") else {"round": round + 1}
                 if row["round"] > round:
                     break
-                end, last = end + len(line), row
+                yield (end := end + len(line)), row
     except (OSError, ValueError, TypeError, KeyError):  # no log, or a line that is none: what is before it counts
         pass
-    return end, last
 
 
 def _path(folder: Path, round: int) -> Path:

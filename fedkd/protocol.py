@@ -22,14 +22,21 @@ from fedkd.payload import MOST, PayloadError
 
 @dataclass(frozen=True)
 class Order:
-    """What a node is asked to do: which clients, in which round (from 1), under which configuration (JSON).
+    """What a node is asked to do.
 
-    ``run`` names the run on devices, which keep their clients' states under that name; empty in simulation.
+    Args:
+        config: the configuration (JSON of flat keys).
+        round: the round, from 1.
+        clients: numbers of the clients.
+        versions: for each of them, the round that its state is to be from: the last whose update the server took; 0:
+            none.
+        run: name of the run on devices, which keep their clients' states under it; empty in simulation.
     """
 
     config: str
     round: int
     clients: list[int]
+    versions: list[int]
     run: str = ""
 
 
@@ -40,13 +47,20 @@ def order(
     config: str,
     round: int,
     clients: Sequence[int],
+    versions: Sequence[int],
     broadcast: ArrayRecord,
     personal: ArrayRecord | None = None,
     run: str = "",
 ) -> RecordDict:
-    """Build the content of an order."""
-    asked = ConfigRecord({"config": config, "round": round, "clients": list(map(int, clients)), "run": run})
-    content = RecordDict({"order": asked, "broadcast": broadcast})
+    """Build the content of an order (:class:`Order`)."""
+    asked: dict[str, Any] = {
+        "config": config,
+        "round": round,
+        "clients": list(map(int, clients)),
+        "versions": list(versions),
+        "run": run,
+    }
+    content = RecordDict({"order": ConfigRecord(asked), "broadcast": broadcast})
     if personal is not None:
         content["personal"] = personal
     return content
@@ -56,17 +70,19 @@ def read_order(message: Message) -> Order:
     """Read an order.
 
     Raises:
-        PayloadError: it is none, or names no clients, a client twice, or no round.
+        PayloadError: it is none, or names no clients, a client twice, no round, or a state that cannot be.
     """
     record = _said(message, "order")
-    values = [record.get(key) for key in ("config", "round", "clients", "run")]
-    config, round, clients, run = values
-    if [type(value) for value in values] != [str, int, list, str]:
-        raise PayloadError("the order cannot be read: it takes config, round, clients and run")
-    order = Order(cast(str, config), cast(int, round), cast(list[int], clients), cast(str, run))
+    values: dict[str, Any] = {field.name: record.get(field.name) for field in fields(Order)}
+    if [type(value) for value in values.values()] != [str, int, list, list, str]:
+        raise PayloadError(f"the order cannot be read: it takes {', '.join(values)}")
+    order = Order(**values)
     named = {client for client in order.clients if type(client) is int and client >= 0}
     if not named or len(named) < len(order.clients) or not 1 <= order.round <= MOST:
         raise PayloadError(f"the order for round {order.round} is for clients {order.clients[:8]}")
+    possible = [version for version in order.versions if type(version) is int and 0 <= version <= order.round]
+    if not len(possible) == len(order.versions) == len(order.clients):
+        raise PayloadError(f"the order for round {order.round} is for states of rounds {order.versions[:8]}")
     return order
 
 

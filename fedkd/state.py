@@ -1,7 +1,9 @@
 """Where a client's state lives: on the disk of the node that hosts it, one file per participation.
 
-Versions are named by round, so a round that is replayed sees the state before it.  Files are safetensors (data only,
-never code) and appear whole or not at all.
+Versions are named by the round they are from, and the server says which one counts: the last whose update it took.  So
+a round that is replayed sees the state before it, what was trained for a round that went on without the client is never
+seen again, and a state that was lost is an error, not a fresh start.  Files are safetensors (data only, never code) and
+appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TypeVar
 from safetensors.torch import load_file
 
 from fedkd.checkpoints import needed, state_bytes
+from fedkd.errors import UserError
 from fedkd.payload import Record, Sizes
 
 R = TypeVar("R", bound=Record)
@@ -31,24 +34,45 @@ class ClientStore:
     folder: Path
     checkpoint_every: int = 1
 
-    def load(self, kind: type[R], client: int, before_round: int, sizes: Sizes) -> R | None:
-        """Return the newest state older than ``before_round``, or None for a client that has not taken part."""
-        versions = [r for r in self._versions(client) if r < before_round]
-        if not versions:
-            return None
-        tensors = load_file(self._path(client, versions[-1]))
-        return kind(**tensors).check(sizes, f"client {client} (stored state of round {versions[-1]})")
+    def load(self, kind: type[R], client: int, version: int, sizes: Sizes) -> R | None:
+        """Return the state from a round; None for round 0, of a client of which nothing counts yet.
 
-    def save(self, state: Record, client: int, round: int) -> None:
-        """Write the state after a round, whole or not at all, and drop what is later or no longer needed."""
+        Raises:
+            UserError: the state is not there.
+            PayloadError: it is one of another model.
+        """
+        if not version:
+            return None
+        try:
+            tensors = load_file(path := self._path(client, version))
+        except FileNotFoundError:
+            where = path.relative_to(self.folder)
+            raise UserError(
+                f"the state of client {client} from round {version} is lost ({where} of the run's states), and a fresh "
+                "one would change the results: put it back, or begin another run"
+            ) from None
+        return kind(**tensors).check(sizes, f"client {client} (stored state of round {version})")
+
+    def save(self, state: Record, client: int, round: int, version: int) -> None:
+        """Write the state after a round, whole or not at all, and drop older ones that no longer count.
+
+        Args:
+            state: what the client keeps.
+            client: its number.
+            round: the round it is from.
+            version: the round of the state that it was trained from, 0: none.  It stays, since the server may go on
+                without this update; what is between the two is from rounds that did.
+        """
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_bytes(state_bytes(state))
         part.replace(path)
         versions = self._versions(client)
-        kept = {self._path(client, r) for r in needed(versions, round, self.checkpoint_every)}
-        for other in set(path.parent.iterdir()) - kept:  # the part of a file that a process left when it died too
+        kept = needed([r for r in versions if r <= version], round, self.checkpoint_every) | {version}
+        later = {r for r in versions if r > round}  # this may be the late end of an old order
+        files = {self._path(client, r) for r in kept | later}
+        for other in set(path.parent.iterdir()) - files:  # the part of a file that a process left when it died too
             other.unlink(missing_ok=True)
 
     def _path(self, client: int, round: int) -> Path:

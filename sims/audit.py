@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional
 
 from clients.app import EVALUATION_BATCH, Worker
+from fedkd.checkpoints import versions
 from fedkd.config import Config
 from fedkd.data import FederatedData, Shard, federate
 from fedkd.device import single_thread
@@ -248,14 +249,13 @@ def _scored(task: Task) -> dict[str, Row]:
     config, run = task.config, task.run
     worker = Worker(_here(config, run.folder), run_id=0)
     final, spare = Final.of(config, run.folder), _spare(config)
-    rounds = run.rows("rounds")
-    taken = sorted({client for row in rounds for client in row["clients"]})
+    last = versions(run.folder, config.run.rounds)
     said = {row["client"]: row for row in run.rows("evaluations") if row["round"] == config.run.rounds}
     found: dict[str, list[dict[str, Any]]] = {}
-    for client in taken:
+    for client in sorted(last):
         train, test = (worker.shard(client, split) for split in ("train", "test"))
         parts = [(train, True), (test, False), (worker.data._shard(spare[client], worker.device), False)]
-        for name, predict in _models(worker, final, client, train):
+        for name, predict in _models(worker, final, client, last[client], train):
             columns = [_columns(predict, shard) for shard, _ in parts]
             if name != "initial":
                 _check(columns[1], said.get(client, {}), name, client, run.folder)
@@ -271,10 +271,10 @@ def _scored(task: Task) -> dict[str, Row]:
     return joined
 
 
-def _models(worker: Worker, final: Final, client: int, train: Shard) -> Iterator[tuple[str, Predictor]]:
-    """Yield the models of a client, each good until the next is asked for."""
+def _models(worker: Worker, final: Final, client: int, version: int, train: Shard) -> Iterator[tuple[str, Predictor]]:
+    """Yield the models of a client, whose state is of round ``version``, each good until the next is asked for."""
     job = worker.job(worker.config.run.rounds, client)
-    state = worker.state(client, before_round=worker.config.run.rounds + 1)
+    state = worker.state(client, version)
     models = worker.half.models(job, final.scoring, state, train)
     for name, model in (("global", models.shared), ("personal", models.personal)):
         if model is not None:

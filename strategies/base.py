@@ -79,6 +79,7 @@ class FederatedStrategy(Strategy):
         privacy.check(setup, self.method, half)
         self._dropped: list[dict[str, Any]] = []  # of the round under way
         self._before = 0  # rounds that were done before `start`, which counts from 1
+        self._versions: dict[int, int] = {}  # by client, the last round whose update counts
         self._asked: list[tuple[Metadata, list[int]]] = []  # orders under way, which get their names when they are sent
         self._cohort: list[int] = []
         self._broadcast: Record = self.state  # of the round under way
@@ -88,7 +89,7 @@ class FederatedStrategy(Strategy):
 
     def resume(self, checkpoint: Checkpoint) -> int:
         """Go on after a checkpoint; return how many rounds are left, for ``start``."""
-        self._before, self.state = checkpoint.round, checkpoint.state
+        self._before, self.state, self._versions = checkpoint.round, checkpoint.state, dict(checkpoint.versions)
         return self.setup.config.run.rounds - self._before
 
     def summary(self) -> None:
@@ -138,6 +139,7 @@ class FederatedStrategy(Strategy):
             row |= {"bytes_down": self._bytes_down[row["client"]], "bytes_up": bytes_up}
         arrived = time.perf_counter()
         answered = sorted(row["client"] for row in rows)
+        self._versions |= dict.fromkeys(answered, round)
         if self._sum:
             given, selected = [mean(config, list(updates.values()), self.method.Update)], answered
         else:
@@ -238,7 +240,7 @@ class FederatedStrategy(Strategy):
         for node, mine in ((node, sorted(mine)) for node, mine in spread.items() if mine):
             own = pack([personal[client] for client in mine]) if personal else None
             order = Message(
-                protocol.order(self._config, round, mine, packed, own, self.run_name),
+                protocol.order(self._config, round, mine, self.versions(mine), packed, own, self.run_name),
                 dst_node_id=node,
                 message_type=kind,
                 group_id=str(round),
@@ -247,6 +249,10 @@ class FederatedStrategy(Strategy):
             orders.append(order)
             self._asked.append((order.metadata, mine))
         return orders
+
+    def versions(self, clients: Iterable[int]) -> list[int]:
+        """Return, for each client, the round that its state is to be from: the last whose update counts; 0: none."""
+        return [self._versions.get(client, 0) for client in clients]
 
     def _spread(self, clients: Iterable[int], nodes: Sequence[int]) -> dict[int, list[int]]:
         """Spread clients over the nodes, longest first."""

@@ -221,8 +221,11 @@ def test_what_cannot_be_audited_is_said(run_inline: RunInline, tmp_path: Path) -
         plan([damaged("a", lambda folder: (folder / "summary.json").unlink())])
     with pytest.raises(UserError, match="does not hold the final state"):
         plan([damaged("b", lambda folder: (folder / "final.safetensors").write_bytes(b"no"))])
-    for name, change in (("c", other_state), ("d", lambda folder: shutil.rmtree(folder / "state"))):
-        with pytest.raises(UserError, match="is not what the run ended with") as raised:
+    for name, change, said in (
+        ("c", other_state, "is not what the run ended with"),
+        ("d", lambda folder: shutil.rmtree(folder / "state"), "the state of client 0 from round 2 is lost"),
+    ):
+        with pytest.raises(UserError, match=said) as raised:
             audited(damaged(name, change))
         assert "\n" not in str(raised.value)
 

@@ -370,7 +370,7 @@ def test_a_device_does_what_is_its_own_only(shards: Path, tmp_path: Path, caplog
         with pytest.raises(UserError, match="does not name its run"):
             place.folder(name)
     assert place.folder("0123456789abcdef") == tmp_path / "0123456789abcdef"
-    order = protocol.Order(json.dumps(tiny(**TWO, **{"data.partition": "devices"}).flat()), 1, [2], "0" * 16)
+    order = protocol.Order(json.dumps(tiny(**TWO, **{"data.partition": "devices"}).flat()), 1, [2], [0], "0" * 16)
     context = Context(1, 2, device("0,1", shards, tmp_path), None, {})  # type: ignore[arg-type]
     with pytest.raises(clients.app.ClientError, match="client 2 is not hosted here"):
         clients.app._worker_of(order, context)

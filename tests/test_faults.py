@@ -47,14 +47,15 @@ class Misbehaving(inline.LoopbackGrid):
 def run_with(
     folder: Path, method: str = "fedavg", breaks: Break | None = None, exchange: str = MessageType.TRAIN, **flat: Scalar
 ) -> Run:
-    """Run on two nodes; what the second answers in round 2 is changed by ``breaks``."""
+    """Run on two nodes; what the second answers in round 2 is changed by ``breaks``; ``fails``: before it works."""
     app = ClientApp()
 
     def passed(real: Callable[[Message, Context], Message], kind: str, message: Message, context: Context) -> Message:
-        reply = real(message, context)
         there = context.node_id == BAD_NODE and protocol.read_order(message).round == BAD_ROUND
-        if breaks and there and kind == exchange:
-            breaks(reply.content)
+        breaks_here = breaks if there and kind == exchange else None
+        reply = Message(RecordDict(), reply_to=message) if breaks_here is fails else real(message, context)
+        if breaks_here:
+            breaks_here(reply.content)
         return reply
 
     app.train()(partial(passed, clients.app.train, MessageType.TRAIN))
@@ -184,6 +185,29 @@ def test_a_broken_reply_ends_the_run_where_that_is_wanted(fault: str, tmp_path: 
     assert error.count("\n") == 1
     assert said.partition("{")[0] in error
     assert len(Run.open(tmp_path / "run").rows("rounds")) == BAD_ROUND - 1
+
+
+@pytest.mark.parametrize("policy", ["drop", "fail"])
+def test_a_client_that_lost_its_state_is_named_and_not_begun_anew(policy: str, tmp_path: Path) -> None:
+    """A device whose folder is gone: the history would be another one, and nobody would know."""
+    lost = []
+
+    def loses(content: RecordDict) -> None:
+        (client, *_) = [row["client"] for row in json.loads(str(content.config_records["reply"]["rows"]))]
+        [file] = tmp_path.glob(f"run/state/{client:06d}/{BAD_ROUND:06d}.safetensors")
+        file.unlink()
+        lost.append(client)
+
+    keys: dict[str, Scalar] = {"run.on-failure": policy, "run.eval-every": 1, "run.rounds": BAD_ROUND + 1}
+    if policy == "fail":
+        with pytest.raises(RoundError, match="the state of client"):
+            run_with(tmp_path / "run", "scaffold", loses, **keys)
+        said = (tmp_path / "run" / "error.txt").read_text()
+    else:
+        dropped = run_with(tmp_path / "run", "scaffold", loses, **keys).rows("rounds")[BAD_ROUND]["dropped"]
+        assert [each["exchange"] for each in dropped] == ["train", "evaluate"]
+        said = dropped[0]["why"]
+    assert f"client {lost[0]}: the state of client {lost[0]} from round {BAD_ROUND} is lost" in said
 
 
 @pytest.mark.parametrize("number", [0, -3, 2**40])

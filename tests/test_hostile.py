@@ -449,8 +449,8 @@ VALUES: Any = st.one_of(
 def test_a_mutated_order_is_refused_or_legal(data: st.DataObject) -> None:
     """On the client: configuration, round, clients, name of the run, and names of records."""
     config = json.dumps(tiny(**SMALL).flat())
-    sent: dict[str, Any] = {"config": config, "round": 1, "clients": [0, 1], "run": ""}
-    how = data.draw(st.sampled_from(["value", "drop", "config", "clients"]))
+    sent: dict[str, Any] = {"config": config, "round": 1, "clients": [0, 1], "versions": [0, 1], "run": ""}
+    how = data.draw(st.sampled_from(["value", "drop", "config", "clients", "versions"]))
     if how == "value":
         sent[data.draw(st.sampled_from(sorted(sent)))] = data.draw(VALUES)
     elif how == "drop":
@@ -461,13 +461,15 @@ def test_a_mutated_order_is_refused_or_legal(data: st.DataObject) -> None:
         texts = {"flat": json.dumps(flat), "list": "[]", "number": "1", "deep": DEEP, "table": '{"a": {}}'}
         sent["config"] = texts[data.draw(st.sampled_from(sorted(texts)))]
     else:
-        sent["clients"] = data.draw(st.lists(st.integers(-2, 6), max_size=4))
+        sent[how] = data.draw(st.lists(st.integers(-2, 6), max_size=4))
     content = RecordDict({"order": ConfigRecord(sent)} if data.draw(st.booleans()) or how != "drop" else {})
 
     def read() -> None:
         order = protocol.read_order(holding(content))
         assert order.clients
         assert min(order.clients) >= 0
+        assert len(order.versions) == len(order.clients)
+        assert 0 <= min(order.versions) <= max(order.versions) <= order.round
         assert Config.read(order.config).flat()
         Place((0,), Path("/data"), Path("/state")).folder(order.run)
 
@@ -479,7 +481,7 @@ def test_a_simulated_node_trains_clients_that_there_are(numbers: list[int], tmp_
     """A number beyond them is no client, and neither is one counted from the end."""
     config = json.dumps(tiny(**SMALL, **{"run.dir": str(tmp_path)}).flat())
     with pytest.raises(clients.app.ClientError, match=f"client {numbers[-1]} is not hosted here"):
-        clients.app._worker_of(protocol.Order(config, 1, numbers), context())
+        clients.app._worker_of(protocol.Order(config, 1, numbers, [0] * len(numbers)), context())
     assert not list(tmp_path.iterdir())
 
 

@@ -258,8 +258,8 @@ def test_a_metric_that_only_some_rows_have_is_left_out_of_the_others() -> None:
 def test_orders_name_round_and_clients() -> None:
     """A node is told what to do once, for all its clients."""
     row, sizes = sample()
-    message = with_content(protocol.order("{}", 4, [2, 9], pack([row])))
-    assert protocol.read_order(message) == protocol.Order("{}", 4, [2, 9])
+    message = with_content(protocol.order("{}", 4, [2, 9], [0, 3], pack([row])))
+    assert protocol.read_order(message) == protocol.Order("{}", 4, [2, 9], [0, 3])
     assert bits(unpack(Sample, protocol.arrays(message, "broadcast"), sizes, ["the server"])[0]) == bits(row)
     with pytest.raises(PayloadError, match="the message has no 'updates'"):
         protocol.arrays(message, "updates")

@@ -127,7 +127,7 @@ def test_goes_on_again_and_again(run_inline: RunInline, tmp_path: Path) -> None:
 
 
 def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
-    """Two checkpoints and three states of a client while the run goes, and no checkpoint when it has ended."""
+    """Two checkpoints and four states of a client while the run goes, and no checkpoint when it has ended."""
     keys: Keys = {"run.rounds": 20, "run.checkpoint-every": 2, "run.clients-per-round": 0}
     config = tiny("local", **keys, **{"run.dir": str(tmp_path)})
     interrupt(config, 20)
@@ -135,7 +135,7 @@ def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
         "000016.safetensors",
         "000018.safetensors",
     ]
-    assert [len(list(folder.iterdir())) for folder in (tmp_path / "state").iterdir()] == [3] * 6
+    assert [len(list(folder.iterdir())) for folder in (tmp_path / "state").iterdir()] == [4] * 6
     inline.run(config)
     assert not (tmp_path / "checkpoints").exists()
 
