@@ -83,7 +83,7 @@ def train(message: Message, context: Context) -> Message:
         began = time.perf_counter()
         with _named(client):
             state = worker.state(client, version)
-            job = worker.job(order.round, client, personal.get(client))
+            job = worker.job(order.round, client, personal.get(client), version)
             update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
             update.check(worker.setup.sizes, "the client")
             update = clipped(update, broadcast, worker.config.privacy.clip_norm) if worker.config.privacy.on else update
@@ -111,7 +111,8 @@ def evaluate(message: Message, context: Context) -> Message:
         with _named(client):
             state = worker.state(client, version)
             train, test = worker.shard(client, "train"), worker.shard(client, "test")
-            models: Models = worker.half.models(worker.job(order.round, client), broadcast, state, train)
+            job = worker.job(order.round, client, last_round=version)
+            models: Models = worker.half.models(job, broadcast, state, train)
             row: dict[str, Any] = {"client": client, "total": len(test)}
             for kind, model in (("global", models.shared), ("personal", models.personal)):
                 if model is not None:
@@ -191,8 +192,8 @@ class Worker:
         """Return what the client kept after a round; None for round 0."""
         return self.store.load(self.method.State, client, version, self.setup.of(client).sizes)
 
-    def job(self, round: int, client: int, personal: Record | None = None) -> Job:
-        """Return a client's job in a round, with the workspace of the client's own model."""
+    def job(self, round: int, client: int, personal: Record | None = None, last_round: int = 0) -> Job:
+        """Return a client's job in a round (:class:`Job`), with the workspace of the client's own model."""
         setup = self.setup.of(client)
         return Job(
             config=self.config,
@@ -203,6 +204,7 @@ class Worker:
             initial_parameters=self.initials.get(setup.config.model.name, self.initial),
             extras=setup.extras,
             personal=personal,
+            last_round=last_round,
         )
 
 

@@ -23,7 +23,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         job.model.load(job.initial_parameters, initial_statistics(job.model))
     else:
         job.model.load(state.parameters, state.personal_statistics)
-    sgd, loss = SGD(job, job.learning_rate(int(state.last_round) if state else 0)), Mean()
+    sgd, loss = SGD(job, job.learning_rate()), Mean()
     for x, y in job.batches(shard):
         sgd.step(
             loss.add(cross_entropy(job.model(x), y)),

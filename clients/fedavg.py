@@ -24,7 +24,7 @@ def start(job: Job, broadcast: Broadcast, state: State | None) -> SGD:
     """Load the global model, in training mode, and return the optimiser of this participation."""
     job.load(broadcast.parameters, broadcast.statistics, state.statistics if state else None)
     job.model.module.train()
-    return SGD(job, job.learning_rate(int(state.last_round) if state else 0))
+    return SGD(job, job.learning_rate())
 
 
 def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
@@ -35,7 +35,7 @@ def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
             statistics=job.shared_statistics(),
             examples=torch.tensor(len(shard)),
         ),
-        state=State(statistics=job.model.statistics.clone(), last_round=torch.tensor(job.round)),
+        state=State(statistics=job.model.statistics.clone()),
         metrics={"loss": loss.metric()},
     )
 

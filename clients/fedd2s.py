@@ -56,7 +56,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         state=State(
             parameters=job.model.parameters.clone(),
             statistics=job.model.statistics.clone(),
-            last_round=torch.tensor(job.round),
             heads=heads.parameters.clone() if heads else torch.zeros(0),
         ),
         metrics={name: mean.metric() for name, mean in means.items() if mean.weight},
@@ -115,7 +114,7 @@ def _staged(job: Job) -> StagedModel:
 
 def _optimisers(job: Job, state: State | None) -> tuple[SGD, SGD | None]:
     """Load the client's linear heads, if there are any, and return the optimisers of the model and of the heads."""
-    lr = job.learning_rate(int(state.last_round) if state else 0)
+    lr = job.learning_rate()
     if "heads" not in job.extras:
         return SGD(job, lr), None
     heads = job.extras["heads"]

@@ -73,7 +73,7 @@ def _teacher(
     """
     hyper: Hyper = job.hyper
     sums, contributors = broadcast.outputs, broadcast.contributors
-    if hyper.variant == "paper" and state is not None and int(state.last_round) == job.round - 1:
+    if hyper.variant == "paper" and state is not None and job.last_round == job.round - 1:
         sums = sums - _means(hyper, state.output_sums, state.output_counts)
         contributors = contributors - (state.output_counts > 0).long()
     mean = sums / contributors.clamp(min=1)[:, None]

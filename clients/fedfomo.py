@@ -44,7 +44,7 @@ def update(job: Job, broadcast: object, state: State | None, shard: Shard) -> Ou
 
     job.load(start.parameters, start.statistics, kept)
     job.model.module.train()
-    sgd, loss = SGD(job, job.learning_rate(int(state.last_round) if state else 0)), Mean()
+    sgd, loss = SGD(job, job.learning_rate()), Mean()
     for x, y in job.batches(train):
         sgd.step(loss.add(cross_entropy(job.model(x), y)))
 
@@ -69,7 +69,6 @@ def update(job: Job, broadcast: object, state: State | None, shard: Shard) -> Ou
             statistics=job.model.statistics.clone(),
             start=start.parameters,
             start_statistics=start.statistics,
-            last_round=torch.tensor(job.round),
         ),
         metrics=metrics,
     )

@@ -31,7 +31,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         if hyper.weight and known.any():
             total = total + hyper.weight * _distance(hyper, features, y, prototypes, known, distance)
         sgd.step(total)
-    trained = State(job.model.parameters.clone(), job.model.statistics.clone(), torch.tensor(job.round))
+    trained = State(job.model.parameters.clone(), job.model.statistics.clone())
     if hyper.variant == "paper":
         sums, counts = _features(job, shard, len(known))
     means = sums / counts.clamp(min=1)[:, None]

@@ -22,7 +22,6 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         state=State(
             parameters=job.model.parameters.clone(),
             statistics=job.model.statistics.clone(),
-            last_round=torch.tensor(job.round),
         ),
         metrics={"loss": loss.metric()},
     )
@@ -37,7 +36,7 @@ def start(job: Job, state: State | None) -> SGD:
     """Load the client's own model, in training mode, and return the optimiser of this participation."""
     load(job, state)
     job.model.module.train()
-    return SGD(job, job.learning_rate(int(state.last_round) if state else 0))
+    return SGD(job, job.learning_rate())
 
 
 def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Models:

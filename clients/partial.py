@@ -43,7 +43,7 @@ def start(job: Job, broadcast: Broadcast, state: State | None, part: torch.Tenso
     """
     load(job, broadcast, state)
     job.model.module.train()
-    return SGD(job, job.learning_rate(int(state.last_round) if state else 0), part=part)
+    return SGD(job, job.learning_rate(), part=part)
 
 
 def adapt(job: Job, broadcast: Broadcast, shard: Shard, part: torch.Tensor | None = None) -> Iterator[Predictor]:
@@ -63,9 +63,7 @@ def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
             statistics=statistics[statistics_of(job.model, shared) & averaged],
             examples=torch.tensor(len(shard)),
         ),
-        state=State(
-            parameters=take(parameters, ~shared), statistics=statistics.clone(), last_round=torch.tensor(job.round)
-        ),
+        state=State(parameters=take(parameters, ~shared), statistics=statistics.clone()),
         metrics={"loss": loss.metric()},
     )
 

@@ -31,7 +31,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     device = job.model.device
     alpha, offsets = personal.alpha.to(device), broadcast.offsets.to(device)
     gradients = _gradients(broadcast).to(device)
-    auxiliary = _auxiliary(hyper, broadcast, personal, state)
+    auxiliary = _auxiliary(job, broadcast, personal, state)
     extra = None if auxiliary is None else auxiliary.to(device)
     sgd, loss = fedavg.start(job, broadcast, state), Mean()
     if hyper.momentum_buffer == "kept" and job.train.momentum and state is not None:
@@ -107,7 +107,7 @@ def _gradients(broadcast: Broadcast) -> torch.Tensor:
     return broadcast.mean_gradient if len(broadcast.mean_gradient) else broadcast.gradients[0]
 
 
-def _auxiliary(hyper: Hyper, broadcast: Broadcast, personal: Personal, state: State | None) -> torch.Tensor | None:
+def _auxiliary(job: Job, broadcast: Broadcast, personal: Personal, state: State | None) -> torch.Tensor | None:
     """Return this participation's auxiliary gradient ``[P]``; None in the first round.
 
     PGFedMo: ``(1 - beta) new + beta old``, old being that of the client's last participation, if it had one then:
@@ -115,7 +115,8 @@ def _auxiliary(hyper: Hyper, broadcast: Broadcast, personal: Personal, state: St
     """
     if int(broadcast.participants[0]) < 0:
         return None
-    if hyper.beta and state is not None and int(state.last_round) > 1:
+    hyper: Hyper = job.hyper
+    if hyper.beta and state is not None and job.last_round > 1:
         return (1 - hyper.beta) * personal.auxiliary + hyper.beta * state.auxiliary
     return personal.auxiliary
 

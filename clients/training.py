@@ -55,6 +55,7 @@ class Job:
         initial_parameters: the model's parameters ``[P]`` before any training, the same for all clients.
         personal: what the server sent to this client alone when it trains; None for methods without, and in scoring.
         extras: workspaces of the method's own (a generator, say), by name.
+        last_round: round of the client's previous participation, which its state is from; 0: there was none.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Job:
     initial_parameters: torch.Tensor
     extras: dict[str, FlatModel]
     personal: Any = None
+    last_round: int = 0
 
     @property
     def hyper(self) -> Any:
@@ -80,16 +82,12 @@ class Job:
         """Return this round's and this client's random stream for a purpose."""
         return self.streams.torch(purpose, self.round, self.client)
 
-    def learning_rate(self, last_round: int) -> float:
-        """Return the learning rate of this participation.
-
-        Args:
-            last_round: round of the client's previous participation, 0 if there was none.
-        """
+    def learning_rate(self) -> float:
+        """Return the learning rate of this participation."""
         train = self.train
         if train.lr_decay_from == "round":
             return train.lr * train.lr_decay ** (self.round - 1)
-        return train.lr * train.lr_decay ** max(last_round - 1, 0)
+        return train.lr * train.lr_decay ** max(self.last_round - 1, 0)
 
     def load(self, parameters: torch.Tensor, shared: torch.Tensor, kept: torch.Tensor | None) -> None:
         """Fill the workspace with parameters and the statistics that are the client's by ``model.norm-statistics``.

@@ -64,11 +64,10 @@ class Sum(Record):
 
 @dataclass(frozen=True)
 class State(Record):
-    """What a client keeps: the rest of its model, all its BatchNorm statistics, and when it last took part."""
+    """What a client keeps: the rest of its model, and all its BatchNorm statistics."""
 
     parameters: OwnVector
     statistics: Statistics
-    last_round: Count
 
 
 def from_stage(model: FlatModel, stage: str, setting: str) -> torch.Tensor:

@@ -8,11 +8,13 @@ appear whole or not at all.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors.torch import load_file
 
 from fedkd.checkpoints import needed, state_bytes
@@ -43,6 +45,9 @@ class ClientStore:
         """
         if not version:
             return None
+        shapes = {name: spec.resolve(sizes) for name, spec in kind.specs().items()}
+        if not any(map(math.prod, shapes.values())):
+            return kind(**{name: torch.zeros(shape, dtype=kind.specs()[name].dtype) for name, shape in shapes.items()})
         try:
             tensors = load_file(path := self._path(client, version))
         except FileNotFoundError:
@@ -56,6 +61,8 @@ class ClientStore:
     def save(self, state: Record, client: int, round: int, version: int) -> None:
         """Write the state after a round, whole or not at all, and drop older ones that no longer count.
 
+        One without any number in it takes no file.
+
         Args:
             state: what the client keeps.
             client: its number.
@@ -63,6 +70,8 @@ class ClientStore:
             version: the round of the state that it was trained from, 0: none.  It stays, since the server may go on
                 without this update; what is between the two is from rounds that did.
         """
+        if not any(tensor.numel() for tensor in state.tensors().values()):
+            return
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")

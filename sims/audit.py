@@ -273,7 +273,7 @@ def _scored(task: Task) -> dict[str, Row]:
 
 def _models(worker: Worker, final: Final, client: int, version: int, train: Shard) -> Iterator[tuple[str, Predictor]]:
     """Yield the models of a client, whose state is of round ``version``, each good until the next is asked for."""
-    job = worker.job(worker.config.run.rounds, client)
+    job = worker.job(worker.config.run.rounds, client, last_round=version)
     state = worker.state(client, version)
     models = worker.half.models(job, final.scoring, state, train)
     for name, model in (("global", models.shared), ("personal", models.personal)):

@@ -266,7 +266,7 @@ def test_the_papers_steps_by_hand(monkeypatch: pytest.MonkeyPatch, steps: str, d
     monkeypatch.setattr(Job, "batches", lambda *_: iter(batches))
     (v, w), alpha = vectors(job, 1, 2), 0.4
     kept = torch.tensor(alpha, dtype=torch.float64)
-    state = State(EMPTY, torch.tensor(1), own=v, copy=w, personal_statistics=EMPTY, alpha=kept)
+    state = State(EMPTY, own=v, copy=w, personal_statistics=EMPTY, alpha=kept)
     shard = Shard(torch.zeros(6, 1, 2, 2), torch.zeros(6), torch.zeros(1), torch.ones(1))
     outcome = half.update(job, fedavg.Broadcast(w.clone(), EMPTY), state, shard)
     pace_v = pace_w = torch.zeros_like(v)
@@ -293,7 +293,7 @@ def test_what_is_mixed_is_what_the_variant_says(worker: Callable[..., Any]) -> N
         rng = torch.Generator().manual_seed(0)
         v, w = (torch.randn(node.initial.shape, generator=rng) for _ in range(2))
         alpha = torch.tensor(0.3, dtype=torch.float64)
-        state = State(EMPTY, torch.tensor(1), own=v, copy=w, personal_statistics=EMPTY, alpha=alpha)
+        state = State(EMPTY, own=v, copy=w, personal_statistics=EMPTY, alpha=alpha)
         broadcast, (x, _) = fedavg.Broadcast(node.initial, EMPTY), node.shard(0, "test").batch(slice(None))
         logits[variant] = node.half.models(node.job(1, 0), broadcast, state, node.shard(0, "train")).personal()(x)
         each = []

@@ -291,7 +291,8 @@ class Exchange(NamedTuple):
 
 def participate(worker: Worker, round: int, client: int, sent: Record, personal: Record | None, state: Any) -> Any:
     """Return what one participation of a client gives."""
-    return worker.half.update(worker.job(round, client, personal), sent, state, worker.shard(client, "train"))
+    job = worker.job(round, client, personal, last_round=round - 1)
+    return worker.half.update(job, sent, state, worker.shard(client, "train"))
 
 
 Play = Callable[..., tuple[Any, list[Exchange]]]

@@ -113,7 +113,7 @@ def scaffold_job(worker: Worker, **flat: Scalar) -> tuple[Any, scaffold.Broadcas
     node = worker("scaffold", **flat)
     c, own = random_vectors(node, 0.03, 0.05)
     statistics = torch.ones(node.setup.sizes["statistics"])
-    state = scaffold.State(statistics=statistics, last_round=torch.tensor(1), control=own)
+    state = scaffold.State(statistics=statistics, control=own)
     return node, scaffold.Broadcast(parameters=node.initial, statistics=EMPTY, control=c), state
 
 
@@ -261,7 +261,7 @@ def test_feddyns_steps_and_new_drift(worker: Worker) -> None:
     alpha, lr = 0.7, 0.1
     node = worker("feddyn", **{"feddyn.alpha": alpha, "train.lr": lr})
     (old,) = random_vectors(node, 0.05)
-    state = feddyn.State(statistics=EMPTY, last_round=torch.tensor(1), drift=-old / alpha)
+    state = feddyn.State(statistics=EMPTY, drift=-old / alpha)
     shard, job = node.shard(0, "train"), node.job(2, 0)
     outcome = node.half.update(job, fedavg.Broadcast(node.initial, EMPTY), state, shard)
     theta = node.initial.clone()
@@ -418,7 +418,7 @@ def test_moons_steps(worker: Worker, keys: dict[str, Scalar]) -> None:
     model, shard, job = node.setup.model, node.shard(0, "train"), node.job(2, 0)
     kept_statistics = torch.linspace(0.5, 2, node.setup.sizes["statistics"])
     previous = node.initial + random_vectors(node, 0.1)[0]
-    state = fedavg_ft.State(statistics=kept_statistics, last_round=torch.tensor(1), parameters=previous)
+    state = fedavg_ft.State(statistics=kept_statistics, parameters=previous)
     outcome = node.half.update(job, fedavg.Broadcast(node.initial, EMPTY), state, shard)
     copies = []
     for theta in (node.initial, previous):
@@ -444,7 +444,7 @@ def test_the_initial_model_may_be_the_first_negative(worker: Worker) -> None:
     node = worker("moon")
     shard, (moved,) = node.shard(0, "train"), random_vectors(node, 0.1)
     broadcast = fedavg.Broadcast(node.initial + moved, EMPTY)
-    state = fedavg_ft.State(statistics=EMPTY, last_round=torch.tensor(0), parameters=node.initial)
+    state = fedavg_ft.State(statistics=EMPTY, parameters=node.initial)
     keys: dict[str, Any] = {"mu": 1.0, "temperature": 0.5}
     none, initial, explicit = (
         moon_client.train(node.job(2, 0), broadcast, mine, shard, first_negative=first, **keys).update.tensors()

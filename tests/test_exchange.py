@@ -83,9 +83,9 @@ def small(method: str, public: Shard | None = None, **flat: Any) -> Setup:
     return Setup.build(Config.from_flat({**keys, **flat}), (1, 2, 2), 3, torch.device("cpu"), public)
 
 
-def job_of(setup: Setup, round: int, client: int, initial: torch.Tensor) -> Job:
+def job_of(setup: Setup, round: int, client: int, initial: torch.Tensor, last_round: int = 0) -> Job:
     """Return a client's job in a round (from 1)."""
-    return Job(setup.config, setup.model, setup.streams, round, client, initial, setup.extras)
+    return Job(setup.config, setup.model, setup.streams, round, client, initial, setup.extras, last_round=last_round)
 
 
 SHARDS = [shard_of(client, labels) for client, labels in enumerate(AUTHORS["labels"])]
@@ -489,7 +489,7 @@ def test_federated_distillation_of_the_paper_by_hand() -> None:
         losses = -logp[torch.arange(len(y)), y]
         losses = losses + gamma * (y == 1) * -(means[1 - client][1] * logp).sum(dim=1)
         losses.mean().backward()
-        job = job_of(setup, 2, client, thetas[client])
+        job = job_of(setup, 2, client, thetas[client], last_round=1)
         outcome = feddistill_client.update(job, feddistill_server.broadcast(setup, server, 2), state, SHARDS[client])
         assert theta.grad is not None
         close(outcome.state.parameters, theta.detach() - lr * theta.grad, atol=1e-6)  # type: ignore[union-attr]
@@ -499,10 +499,10 @@ def test_a_client_that_was_not_in_the_last_round_takes_nothing_out() -> None:
     """Leaving oneself out needs having been in: else somebody else's outputs would be taken off."""
     setup = small("feddistill", **{"feddistill.variant": "paper"})
     sums, counts = torch.full((3, 3), 0.2), torch.tensor([1, 2, 3])
-    state = feddistill.State(pattern(3), torch.zeros(0), torch.tensor(1), sums, torch.tensor([1, 1, 1]))
+    state = feddistill.State(pattern(3), torch.zeros(0), sums, torch.tensor([1, 1, 1]))
     sent = feddistill.Broadcast(torch.full((3, 3), 0.6), counts)
     for round, contributors in ((2, [0, 1, 2]), (3, [1, 2, 3])):
-        teacher, known = feddistill_client._teacher(job_of(setup, round, 0, pattern(3)), sent, state)
+        teacher, known = feddistill_client._teacher(job_of(setup, round, 0, pattern(3), last_round=1), sent, state)
         assert known.tolist() == [c > 0 for c in contributors]
         rest = 0.4 if round == 2 else 0.6
         close(teacher[known].exp(), [[rest / c] * 3 for c in contributors if c])

@@ -229,7 +229,7 @@ def test_one_local_step_by_hand(worker: MakeWorker, head: str) -> None:
     after = [t if g is None else t - 0.5 * g for t, g in zip(moved, gradients, strict=True)]
     expected = torch.cat([t.detach().flatten() for t in after]).split([len(start), len(linear)])
 
-    state = client.State(parameters=start, statistics=torch.zeros(0), last_round=torch.tensor(1), heads=linear)
+    state = client.State(parameters=start, statistics=torch.zeros(0), heads=linear)
     shard = Shard(x, y, torch.zeros(1), torch.ones(1))
     found = node.half.update(job, Broadcast(knowledge, owners), state, shard).state
     torch.testing.assert_close(found.parameters, expected[0], rtol=1e-9, atol=1e-9)

@@ -192,7 +192,7 @@ def test_a_participation_by_hand(worker: Callable[..., Worker], norm: str, affin
     good = helper.half.update(helper.job(1, 0, nothing), Broadcast(), None, shard).update.parameters
     bad = node.initial - (good - node.initial)
     start, trained = node.initial + 0.3 * (good - node.initial), node.initial + 0.4 * (good - node.initial)
-    state = State(trained, NONE, start, NONE, torch.tensor(1))
+    state = State(trained, NONE, start, NONE)
     personal = personal_of([4, -1, 5], torch.stack([good, torch.zeros_like(good), bad]))
     job = node.job(2, 0, personal)
     outcome = client_half.update(job, Broadcast(), state, shard)
@@ -231,7 +231,7 @@ def test_a_training_that_did_not_help_is_taken_back(worker: Callable[..., Worker
     """Without a candidate that lowers the validation loss the client starts again from where it started."""
     node = worker("fedfomo", **{"fedfomo.downloads": 1})
     trained = node.initial + 5 * torch.randn(node.initial.shape, generator=torch.Generator().manual_seed(0))
-    state = State(trained, NONE, node.initial, NONE, torch.tensor(1))
+    state = State(trained, NONE, node.initial, NONE)
     personal = personal_of([3], 2 * trained[None])
     outcome = client_half.update(node.job(2, 0, personal), Broadcast(), state, node.shard(0, "train"))
     assert torch.equal(outcome.state.start, node.initial)
@@ -249,7 +249,7 @@ def test_others_models_are_weighed_with_the_right_statistics(worker: Callable[..
         statistics = torch.rand(2, shared, generator=rng) + 0.5
         kept = torch.rand(44, generator=rng) + 0.5
         start_statistics = torch.rand(shared, generator=rng) + 0.5
-        state = State(models.mean(dim=0), kept, node.initial, start_statistics, torch.tensor(1))
+        state = State(models.mean(dim=0), kept, node.initial, start_statistics)
         job = node.job(2, 0, personal_of([1, 2], models, statistics))
         outcome = client_half.update(job, Broadcast(), state, shard)
         x, y = client_half.split(job, shard)[1].batch(slice(None))
@@ -394,7 +394,7 @@ def test_weights_and_mixture_are_the_authors(case: dict[str, Any], monkeypatch: 
     x, y = 2 * pattern(20, 6, 1, 2, 2) - 1, torch.tensor(AUTHORS["labels"])
     images = Shard(x, y, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
     own, *others = (model(seeds) for seeds in case["candidates"])
-    state = State(own, NONE, model(case["start"]), NONE, torch.tensor(1))
+    state = State(own, NONE, model(case["start"]), NONE)
     personal = personal_of([1, 2, 3], torch.stack(others))
     monkeypatch.setattr(client_half, "split", lambda job, shard: (images, images))
     monkeypatch.setattr(Job, "batches", lambda job, shard: iter(()))

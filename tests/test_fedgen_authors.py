@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -255,7 +256,9 @@ def test_learning_rate_follows_the_previous_participation() -> None:
     """The authors' scheduler is set after training, so a client's rate lags behind the round."""
     setup, last = client_setup(), 0
     for round_index, rate in CLIENT["learning_rates"]:
-        assert job_of(setup, round_index + 1).learning_rate(last) == pytest.approx(rate, rel=1e-12)
+        assert dataclasses.replace(job_of(setup, round_index + 1), last_round=last).learning_rate() == pytest.approx(
+            rate, rel=1e-12
+        )
         last = round_index + 1
 
 

@@ -321,7 +321,7 @@ def test_the_global_model_is_scored_with_each_clients_own_statistics(worker: Cal
     x, _ = test.batch(slice(None))
     logits = []
     for scale in (0.01, 0.04):
-        mine = State(statistics=torch.full((44,), scale), last_round=torch.tensor(1))
+        mine = State(statistics=torch.full((44,), scale))
         models = node.half.models(node.job(1, 0), broadcast, mine, node.shard(0, "train"))
         logits.append(models.shared()(x))
         node.setup.model.load(node.initial, torch.full((44,), scale))
@@ -362,9 +362,10 @@ def test_the_learning_rate_may_follow_a_clients_own_participations(worker: Calla
     for decay_from, expected in (("round", 0.05 * 0.5**4), ("last-participation", 0.05 * 0.5**2)):
         node = worker("fedavg", **{"train.lr-decay": 0.5, "train.lr-decay-from": decay_from, "train.local-steps": 1})
         broadcast = Broadcast(node.initial, torch.zeros(0))
-        mine = State(statistics=torch.zeros(0), last_round=torch.tensor(3))
-        after = node.half.update(node.job(5, 0), broadcast, mine, node.shard(0, "train")).update.parameters
-        x, y = next(iter(node.job(5, 0).batches(node.shard(0, "train"))))
+        mine = State(statistics=torch.zeros(0))
+        job, shard = node.job(5, 0, last_round=3), node.shard(0, "train")
+        after = node.half.update(job, broadcast, mine, shard).update.parameters
+        x, y = next(iter(job.batches(shard)))
         node.setup.model.load(node.initial)
         gradient = node.setup.model.backward(cross_entropy(node.setup.model(x), y).mean())
         assert torch.allclose(after - node.initial, -expected * gradient, atol=1e-7)

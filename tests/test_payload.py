@@ -226,10 +226,10 @@ def test_an_untyped_field_is_refused() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_what_is_private_is_not_in_a_payload(name: str) -> None:
-    """A client's own statistics and its last round stay; only their shared counterpart may be declared."""
+    """A client's own statistics stay; only their shared counterpart may be declared."""
     method = load(name)
     for kind in (method.Broadcast, method.Update):
-        assert not [n for n, spec in kind.specs().items() if "statistics" in spec.shape or n == "last_round"]
+        assert not [n for n, spec in kind.specs().items() if "statistics" in spec.shape]
 
 
 def with_content(content: RecordDict) -> Any:

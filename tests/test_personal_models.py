@@ -156,7 +156,7 @@ def test_dittos_steps_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     feed(monkeypatch, batches=batches)
     v, sent = vectors(job, 1, 2)
-    state = ditto.State(EMPTY, torch.tensor(1), parameters=v, personal_statistics=EMPTY)
+    state = ditto.State(EMPTY, parameters=v, personal_statistics=EMPTY)
     outcome = ditto_half.update(job, fedavg.Broadcast(sent, EMPTY), state, SHARD)
     w = sent
     for batch in batches:

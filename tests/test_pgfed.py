@@ -59,6 +59,7 @@ class Federation:
         self.setup, self.shards = setup, shards
         self.state = server_half.init(setup)
         self.kept: dict[int, State] = {}
+        self.last: dict[int, int] = {}
         self.number = 0
         self.initial = setup.model.parameters.clone()
         self.metrics: dict[int, dict[str, tuple[float, float]]] = {}
@@ -66,7 +67,8 @@ class Federation:
     def job(self, client: int, personal: Record | None) -> Job:
         """Return a client's job in the current round."""
         setup = self.setup
-        return Job(setup.config, setup.model, setup.streams, self.number, client, self.initial, setup.extras, personal)
+        workspace = (setup.config, setup.model, setup.streams)
+        return Job(*workspace, self.number, client, self.initial, setup.extras, personal, self.last.get(client, 0))
 
     def round(self, cohort: list[int]) -> tuple[Broadcast, list[Personal], list[Update]]:
         """Let a cohort take part and return what crossed the network."""
@@ -81,6 +83,7 @@ class Federation:
             outcome = client_half.update(job, broadcast, self.kept.get(client), self.shards[client])
             assert isinstance(outcome.update, Update)
             assert isinstance(outcome.state, State)
+            self.last[client] = self.number
             self.kept[client], self.metrics[client] = outcome.state.check(setup.sizes, "the client"), outcome.metrics
             updates.append(outcome.update.check(setup.sizes, "the client"))
         self.state = server_half.update(setup, self.state, updates, self.number)[0].check(setup.sizes, "the server")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.errors import UserError
+from fedkd.methods.fedavg import State
 from fedkd.payload import Count, ParameterVector, PayloadError, Record
 from fedkd.state import ClientStore
 
@@ -183,6 +184,16 @@ def test_a_history_that_is_written_again_takes_the_place_of_the_old_one(store: C
     store.save(kept(4), 0, 4, 3)
     store.save(kept(8), 0, 8, 4)
     assert [number for number in range(1, 9) if found(store, 0, number)] == [4, 8]
+
+
+def test_what_holds_nothing_takes_no_file(store: ClientStore) -> None:
+    """Without BatchNorm a client of FedAvg keeps nothing, so its disk is left alone; it is no newcomer for that."""
+    store.save(State(statistics=torch.zeros(0)), 0, 3, 0)
+    assert not store.folder.exists()
+    assert store.load(State, 0, 0, {"statistics": 0}) is None
+    kept = store.load(State, 0, 3, {"statistics": 0})
+    assert kept is not None
+    assert kept.check({"statistics": 0}, "it").statistics.shape == (0,)
 
 
 def test_files_hold_data_only(store: ClientStore) -> None:

@@ -10,7 +10,6 @@ from pydantic import Field
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.payload import (
-    Count,
     Examples,
     ParameterSum,
     ParameterVector,
@@ -58,10 +57,9 @@ class Sum(Record):
 
 @dataclass(frozen=True)
 class State(Record):
-    """What a client keeps: its BatchNorm running statistics and when it last took part."""
+    """What a client keeps: its BatchNorm running statistics."""
 
     statistics: Statistics
-    last_round: Count
 
 
 METHOD = Method(

@@ -23,7 +23,7 @@ from pydantic import Field
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.models import FlatModel
-from fedkd.payload import Client, Count, Examples, ParameterVector, Record, SharedStatistics, Spec, Statistics
+from fedkd.payload import Client, Examples, ParameterVector, Record, SharedStatistics, Spec, Statistics
 
 Sources = Annotated[torch.Tensor, Spec(("downloads",), torch.int64, least=-1, below="clients")]
 """Whose models a client gets, one per place; -1 for a place without one."""
@@ -103,7 +103,6 @@ class State(Record):
     statistics: Statistics
     start: ParameterVector
     start_statistics: SharedStatistics
-    last_round: Count
 
 
 def sizes(hyper: Hyper, model: FlatModel) -> dict[str, int]:

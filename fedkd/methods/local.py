@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedkd.config import HyperParameters
 from fedkd.method import Method
-from fedkd.payload import Count, Examples, ParameterVector, Record, Statistics
+from fedkd.payload import Examples, ParameterVector, Record, Statistics
 
 
 class Hyper(HyperParameters):
@@ -35,7 +35,6 @@ class State(Record):
 
     parameters: ParameterVector
     statistics: Statistics
-    last_round: Count
 
 
 METHOD = Method(
