@@ -17,6 +17,7 @@ from bench.flower import flower
 from bench.methods import methods
 from bench.overhead import overhead, pfl
 from bench.scaling import scaling
+from bench.server import server
 from bench.startup import startup
 from fedkd.results import environment
 
@@ -25,6 +26,7 @@ QUESTIONS: dict[str, Callable[[Bench], list[Table]]] = {
     "flower": flower,
     "scaling": scaling,
     "methods": methods,
+    "server": server,
     "startup": startup,
     "pfl": pfl,
 }

@@ -17,13 +17,14 @@ from bench import common, images, memory, methods, timed
 from bench.flower import LARGE, SMALL
 from bench.memory import Peak, role
 from bench.overhead import FIXED, MNIST, PFL
+from bench.server import Play, losses, one_by_one
 from clients import fedavg
 from fedkd.config import ModelSection
 from fedkd.data import federate
 from fedkd.models import build
 from fedkd.rng import Streams
 from sims import inline
-from strategies import FederatedStrategy
+from strategies import FederatedStrategy, fedftg, fedgen
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +157,12 @@ def test_memory_is_watched_while_the_block_runs(monkeypatch: pytest.MonkeyPatch)
         child.communicate(b"\n")
     assert 0 < peak.bytes["other"] <= peak.bytes["all"]
     assert peak.bytes["server"] == peak.bytes["node"] == 0
+
+
+@pytest.mark.parametrize(("half", "variant"), [(fedgen, "paper"), (fedgen, "authors"), (fedftg, "paper")])
+def test_stacked_models_give_the_losses_of_single_ones(half: Any, variant: str) -> None:
+    """All of FedGen's generator steps, and FedFTG's first: from there on Adam magnifies what rounding tells apart."""
+    play = Play.of(half, half.__name__.rpartition(".")[2], variant, models=3, iterations=1)
+    with one_by_one():
+        alone = losses(half, play)
+    assert losses(half, play)[:3] == pytest.approx(alone[:3], abs=1e-5)
