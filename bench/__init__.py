@@ -2,5 +2,6 @@
 
 ``python -m bench [QUESTION ...]`` answers one question per file: ``overhead`` and ``pfl`` (how far from the bare
 training loop), ``flower`` (beside a plain Flower app), ``scaling`` (nodes, clients, memory), ``methods`` (where a
-round's time goes), ``server`` (FedGen's and FedFTG's training there) and ``startup``.  :mod:`bench.hostile` is no benchmark but a demonstration.
+round's time goes), ``server`` (FedGen's and FedFTG's training there) and ``startup``.  :mod:`bench.hostile` is no
+benchmark but a demonstration.
 """
