@@ -256,18 +256,19 @@ def require_ray() -> None:
 def require_room(cpus: int, gpus: float) -> None:
     """Check that one node fits on this machine, since Ray would wait for what never comes.
 
-    With ``RAY_ADDRESS`` the nodes are on the cluster there, and nothing is checked.
+    With ``RAY_ADDRESS`` the nodes are on the cluster there, which has to answer.
 
     Args:
         cpus: CPU cores of a node.
         gpus: GPUs of a node.
 
     Raises:
-        UserError: it does not fit, or ``gpus`` is a fraction above one, which Ray cannot give.
+        UserError: it does not fit, no cluster answers, or ``gpus`` is a fraction above one, which Ray cannot give.
     """
     if gpus > 1 and gpus != int(gpus):
         raise UserError(f"--gpus-per-node {gpus:g}: a share of one GPU, or a whole number of them")
-    if "RAY_ADDRESS" in os.environ:
+    if address := os.environ.get("RAY_ADDRESS", ""):
+        _require_cluster(address)
         return
     if cpus > default_nodes():
         raise UserError(f"--cpus-per-node {cpus} is more than the {default_nodes()} CPU cores of this machine")
@@ -275,6 +276,19 @@ def require_room(cpus: int, gpus: float) -> None:
 
     if gpus > torch.cuda.device_count():
         raise UserError(f"--gpus-per-node {gpus:g}: PyTorch finds {torch.cuda.device_count()} GPUs on this machine")
+
+
+def _require_cluster(address: str) -> None:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():  # such as "auto", which Ray looks up
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"RAY_ADDRESS = '{address}': no Ray cluster answers there ({error}); `ray start --head` begins one, "
+            "without the variable the nodes are processes of this machine"
+        ) from None
 
 
 def gpu_share(nodes: int, gpus: int) -> float:

@@ -488,7 +488,7 @@ def test_a_cluster_elsewhere_has_its_own_resources(monkeypatch: pytest.MonkeyPat
     """What is on this machine does not limit it."""
     from sims.simulation import require_room
 
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     require_room(10**6, 8)
     with pytest.raises(UserError, match="a share of one GPU"):
         require_room(1, 2.5)
