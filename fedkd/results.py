@@ -39,6 +39,7 @@ from fedkd.config import Config, defaults, read_toml
 from fedkd.errors import UserError
 from fedkd.files import write_whole
 from fedkd.payload import Record, Sizes
+from fedkd.places import results_root
 
 try:
     import fcntl
@@ -210,8 +211,7 @@ def run_folder(config: Config, run_id: int) -> Path:
     """Return the folder of a run: ``run.dir``, or one that both sides derive from Flower's run number."""
     if config.run.dir:
         return Path(config.run.dir)
-    base = Path(os.environ.get("FEDKD_RUNS", Path.home() / "fedkd-runs"))
-    return base / f"{config.run.method}-{config.data.name.replace('/', '-')}-{run_id}"
+    return results_root() / f"{config.run.method}-{config.data.name.replace('/', '-')}-{run_id}"
 
 
 def environment() -> Row:

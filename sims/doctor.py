@@ -77,7 +77,8 @@ def _flower_switch() -> Finding:
 
 
 def _data() -> Iterator[Finding]:
-    from fedkd.data.images import SOURCES, cache_root, local_folder
+    from fedkd.data.images import SOURCES, local_folder
+    from fedkd.places import cache_root
 
     yield Finding(True, "data: digits", "embedded in scikit-learn")
     cached = {path.name.rsplit("-", 1)[0] for path in cache_root().glob("*-*")} if cache_root().is_dir() else set()
@@ -97,7 +98,7 @@ def _data() -> Iterator[Finding]:
 
 
 def _cache() -> Finding:
-    from fedkd.data.images import cache_root
+    from fedkd.places import cache_root
 
     return _writable("cache", cache_root(), "set FEDKD_CACHE to a folder that can be written")
 

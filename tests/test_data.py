@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fedkd.config import Scalar
 from fedkd.data import FederatedData, Images, federate, federated, images, load_images
 from fedkd.data.partition import fedgen_partition, partition
 from fedkd.errors import UserError
+from fedkd.places import cache_root
 
 Rows = dict[str, tuple[Any, list[Any]]]
 """Column name to its feature and values."""
@@ -142,6 +145,42 @@ def test_an_idx_file_that_is_cut_short_is_named(tmp_path: Path, suffix: str, kee
     path = folder / f"train-images-idx3-ubyte{suffix}"
     write_idx(path, tiny_images(200, 0)[0], keep)
     with pytest.raises(UserError, match="cut short") as error:
+        load_images("mnist", str(folder))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_idx_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, suffix: str) -> None:
+    """Why it cannot be read is the system's word: a folder stands for whatever the system refuses, also to root."""
+    folder = write_idx_folder(tmp_path, suffix)
+    path = folder / f"train-images-idx3-ubyte{suffix}"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory$") as error:
+        load_images("mnist", str(folder))
+    assert str(path) in str(error.value)
+
+
+def test_an_idx_file_without_permission_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner can mend that; a download would not."""
+    folder = write_idx_folder(tmp_path, ".gz")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("gzip.open", refuse)
+    with pytest.raises(UserError, match=r"ubyte\.gz cannot be read: Permission denied$"):
+        load_images("mnist", str(folder))
+
+
+def test_a_damaged_packed_idx_file_is_named(tmp_path: Path) -> None:
+    """Of the right length, and not what was packed."""
+    folder = write_idx_folder(tmp_path, ".gz")
+    path = folder / "train-images-idx3-ubyte.gz"
+    raw = bytearray(path.read_bytes())
+    raw[30:200] = bytes(170)
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="is not an idx file") as error:
         load_images("mnist", str(folder))
     assert str(path) in str(error.value)
 
@@ -380,7 +419,7 @@ def test_a_damaged_cached_partition_is_dealt_again(tmp_path: Path, monkeypatch: 
     """An unreadable file is as good as none."""
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path))
     expected = federate(tiny()).train
-    (file,) = (images.cache_root() / "partitions").iterdir()
+    (file,) = (cache_root() / "partitions").iterdir()
     file.write_bytes(file.read_bytes()[:keep])
     assert [rows.tolist() for rows in federate(tiny()).train] == [rows.tolist() for rows in expected]
 

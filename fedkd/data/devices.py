@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -42,10 +41,10 @@ from fedkd.data.images import (
     _only,
     _pixels,
     _silenced,
-    cache_root,
     writing_cache,
 )
 from fedkd.errors import UserError
+from fedkd.places import cache_root, results_root
 
 PUBLIC = "public"
 """Folder, beside those of the clients, of the images that ``data.public-fraction`` sets aside for the server."""
@@ -108,8 +107,8 @@ class Place:
                 f"this node's configuration has an unknown key '{unknown[0]}'; it takes clients, data, state"
             )
         clients = parse_clients(str(node_config["clients"]))
-        base = Path(os.environ.get("FEDKD_RUNS", Path.home() / "fedkd-runs"))
-        folders = {"data": Path(str(node_config["data"])), "state": Path(str(node_config.get("state", base / "state")))}
+        state = node_config["state"] if "state" in node_config else results_root() / "state"
+        folders = {"data": Path(str(node_config["data"])), "state": Path(str(state))}
         for key, folder in folders.items():
             if not folder.expanduser().is_absolute():
                 raise UserError(f"{key} = '{folder}' of this node's configuration has to be an absolute path: {usage}")

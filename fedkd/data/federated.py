@@ -19,9 +19,10 @@ import numpy.typing as npt
 import torch
 
 from fedkd.config import Config, DataSection
-from fedkd.data.images import Images, cache_root, load_images, writing_cache
+from fedkd.data.images import Images, load_images, writing_cache
 from fedkd.data.partition import partition
 from fedkd.errors import UserError
+from fedkd.places import cache_root
 from fedkd.rng import Streams
 
 Integers = npt.NDArray[np.int64]

@@ -12,11 +12,11 @@ import gzip
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
 import textwrap
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedkd.errors import UserError, nearest
+from fedkd.places import cache_root
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
@@ -144,13 +145,6 @@ def load_images(name: str, root: str = "", label: str = "", config: str = "") ->
     with _filled(cache) as part:
         _decode(name, source, folder, part)
     return _open(name, source, cache)
-
-
-def cache_root() -> Path:
-    """Return the folder of decoded data: ``$FEDKD_CACHE``, or ``fedkd`` in the user's cache folder."""
-    if explicit := os.environ.get("FEDKD_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedkd"
 
 
 @contextlib.contextmanager
@@ -396,7 +390,9 @@ def _idx(folder: Path, prefix: str, dimensions: int) -> Bytes:
             raise ValueError("not an idx file of bytes with these dimensions")
         shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4))
         return np.frombuffer(raw, np.uint8, int(np.prod(shape)), 4 + 4 * raw[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's word; that of damaged gzip has none
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         raise UserError(f"{path} is not an idx file of bytes in {dimensions}-D, or it is cut short") from error
 
 
