@@ -374,26 +374,26 @@ def _flatten(section: str, values: Section) -> dict[str, Scalar]:
     return {f"{section}.{name}": value for name, value in values.model_dump(by_alias=True).items()}
 
 
-def defaults() -> dict[str, Scalar]:
-    """Return every key there is, of all sections and all methods, with its default."""
+def sections() -> dict[str, type[Section]]:
+    """Return every section there is, the common ones first, then one for each method."""
     from fedkd.method import load, names
 
+    return {**_COMMON, **{name: load(name).hyper for name in names()}}
+
+
+def defaults() -> dict[str, Scalar]:
+    """Return every key there is, of all sections and all methods, with its default."""
     out: dict[str, Scalar] = {}
-    for section, kind in _COMMON.items():
+    for section, kind in sections().items():
         out |= _flatten(section, kind())
-    for name in names():
-        out |= _flatten(name, load(name).hyper())
     return out
 
 
 def descriptions() -> dict[str, str]:
     """Return the one-line description of every key."""
-    from fedkd.method import load, names
-
-    kinds = {**_COMMON, **{name: load(name).hyper for name in names()}}
     return {
         f"{section}.{name.replace('_', '-')}": field.description or ""
-        for section, kind in kinds.items()
+        for section, kind in sections().items()
         for name, field in kind.model_fields.items()
     }
 

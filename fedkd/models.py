@@ -197,6 +197,7 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
 
     Raises:
         UserError: an unknown model, or images that it cannot take.
+        RuntimeError: it needs more memory than there is (:func:`too_much`).
     """
     name = config.name
     if name == "auto":
@@ -211,11 +212,18 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
             model = StagedModel(stages, input_shape, config.memory_format == "channels-last")
             model.input_of("head")
         except (RuntimeError, ZeroDivisionError, ValueError) as error:
+            if too_much(error):
+                raise
             advice = "try model.name=mlp" if name != "mlp" else str(error).partition("\n")[0]
             raise UserError(
                 f"model.name = '{name}' cannot take images of {'x'.join(map(str, input_shape))}; {advice}"
             ) from error
     return model
+
+
+def too_much(error: Exception) -> bool:
+    """Say whether an error of PyTorch is that of more memory than there is, or than can be counted."""
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("memory", "overflow"))
 
 
 Stages = Iterator[tuple[str, nn.Module]]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from fedkd import memory
 from fedkd.config import Config
 from fedkd.data import Shard
 from fedkd.errors import UserError
@@ -73,13 +75,19 @@ class Setup:
             public: unlabelled images that the server half may use.
 
         Raises:
-            UserError: a model or a stage that does not exist, images that the model cannot take, or clients with
-                different models under a method whose payload depends on the model.
+            UserError: a model or a stage that does not exist, images that the model cannot take, more than fits into
+                memory, or clients with different models under a method whose payload depends on the model.
         """
-        streams, method = Streams(config.run.seed), load(config.run.method)
-        staged = build(config.model, shape, classes, streams)
-        extras = method.extras(config.hyper, staged, classes, streams, device) if method.extras else {}
-        model = FlatModel(staged, device)
+        streams, method = Streams(config.run.seed), load(config.run.method).under(config.hyper)
+
+        def make(where: torch.device) -> tuple[StagedModel, dict[str, FlatModel]]:
+            staged = build(config.model, shape, classes, streams)
+            return staged, method.extras(config.hyper, staged, classes, streams, where) if method.extras else {}
+
+        memory.check_workspaces(config, device, partial(make, torch.device("meta")))
+        with memory.enough(config):
+            staged, extras = make(device)
+            model = FlatModel(staged, device)
         statistics = model.statistics.numel()
         sizes = {
             "parameters": model.parameters.numel(),
@@ -95,6 +103,7 @@ class Setup:
             sizes["shared_statistics"] = 0
         for name, extra in extras.items():
             sizes |= {name: extra.parameters.numel(), f"{name}_statistics": extra.statistics.numel()}
+        memory.check_records(config, device, (method.Broadcast, method.Personal, method.Update), sizes)
         own = cls(config, classes, model, extras, streams, sizes, public=public)
         return replace(own, others=_others(own, shape, device)) if config.model.client_models else own
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from conftest import TINY, tiny
+from conftest import TINY, TINY_METHOD, tiny
 
 import strategies
-from fedkd.config import Config, Scalar, defaults, descriptions, parse_assignment, read_toml
+from fedkd import memory
+from fedkd.config import Config, Scalar, defaults, descriptions, parse_assignment, read_toml, sections
 from fedkd.data import federate, load_images
 from fedkd.device import pick_device
 from fedkd.errors import UserError, nearest
 from fedkd.method import load, names
+from fedkd.results import Run
+from sims.inline import run
+from sims.launch import prepare
 
 WRONG: dict[str, tuple[dict[str, Scalar], tuple[str, ...]]] = {
     "unknown method": ({"run.method": "fedgn"}, ("fedgn", "did you mean 'fedgen'?")),
@@ -101,6 +107,90 @@ def test_says_what_data_and_model_do_not_allow(case: str) -> None:
     with pytest.raises(UserError) as error:
         strategies.build(config, federate(config))
     assert not [part for part in expected if part not in one_line(error)], str(error.value)
+
+
+def whole_numbers() -> list[tuple[str, str, dict[str, Scalar]]]:
+    """Return every key of a whole number, a method that reads it, and what else it takes for it to be read."""
+    found: list[tuple[str, str, dict[str, Scalar]]] = []
+    for section, kind in sections().items():
+        for name, field in kind.model_fields.items():
+            if field.annotation is int:
+                extra: Any = field.json_schema_extra or {}
+                needed = {
+                    other if "." in other else f"{section}.{other.replace('_', '-')}": value
+                    for other, value in extra.get("only", {}).items()
+                }
+                method = section if section in names() else "fedavg"
+                found.append((method, f"{section}.{name.replace('_', '-')}", needed))
+    return found
+
+
+REPEATS = ("rounds", "steps", "epochs", "iterations", "sweeps")
+"""How the names of those end that say how often something is done, which takes for ever and no memory."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [100_000_000, 4_000_000_000, 2**62], ids=str)
+@pytest.mark.parametrize(("method", "key", "needed"), whole_numbers(), ids=[key for _, key, _ in whole_numbers()])
+def test_an_absurd_number_is_refused_by_name_or_runs(
+    method: str, key: str, needed: dict[str, Scalar], value: int, tmp_path: Path
+) -> None:
+    """PyTorch's own word about memory comes late, and names no setting."""
+    flat = {**TINY, **TINY_METHOD.get(method, {}), **needed, "run.method": method, "run.dir": str(tmp_path)}
+    flat |= {"run.rounds": 1, key: value}
+    try:
+        config = prepare(flat)
+    except UserError as error:
+        said = str(error)
+        assert key in said, said
+        assert str(value) in said or key in ("data.min-size", "data.newcomers"), said
+        return
+    if not key.endswith(REPEATS):
+        run(config)
+        assert Run.open(tmp_path).finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", names())
+def test_no_batch_is_too_large(method: str, tmp_path: Path) -> None:
+    """A client uses all it has, whatever the method."""
+    flat = {**TINY, **TINY_METHOD.get(method, {}), "run.method": method, "run.dir": str(tmp_path), "run.rounds": 1}
+    run(prepare({**flat, "train.batch-size": 2**62}))
+    assert Run.open(tmp_path).finished
+
+
+def test_generated_batches_have_a_bound() -> None:
+    """Of what is generated there is no end, as there is of a client's examples."""
+    for key in ("fedgen.batch", "fedgen.generator-batch", "fedftg.batch"):
+        with pytest.raises(UserError, match=f"^{key} = 4000000000: input should be less than or equal to"):
+            Config.from_flat({"run.method": key.partition(".")[0], key: 4_000_000_000})
+
+
+def test_what_does_not_fit_is_said_with_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A width within bounds may still be too much for this machine; an ordinary one is not even asked about."""
+    monkeypatch.setattr(memory, "_free", lambda device: 2_000)
+    monkeypatch.setattr(memory, "ORDINARY", 9)
+    config = tiny("fedavg", **{"model.hidden": 10})
+    with pytest.raises(
+        UserError, match=r"^model\.hidden = 10 needs 0\.0 GB of memory, and 0\.0 GB are free; take less$"
+    ):
+        strategies.build(config, federate(config))
+    monkeypatch.setattr(memory, "ORDINARY", 10)
+    strategies.build(config, federate(config))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory:\nyou tried"), TypeError("Overflow")],
+)
+def test_running_out_of_memory_is_a_matter_of_the_settings(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system does not say how much there is, PyTorch fails; other errors stay what they are."""
+    monkeypatch.setattr(memory, "_free", lambda device: None)
+    for raised, kind in ((error, UserError), (ValueError("other"), ValueError)):
+        monkeypatch.setattr("fedkd.setup.FlatModel", Mock(side_effect=raised))
+        config = tiny("fedavg")
+        with pytest.raises(kind, match=r"^model\.name = 'auto' needs more memory" if kind is UserError else "^other$"):
+            strategies.build(config, federate(config))
 
 
 def test_an_empty_data_folder_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ class Hyper(fedavg.Hyper):
     """Settings of FedDF."""
 
     steps: int = Field(
-        100, ge=0, description="distillation steps per round; 0 is FedAvg (paper: 10,000 with early stopping)"
+        100,
+        ge=0,
+        le=1_000_000,
+        description="distillation steps per round; 0 is FedAvg (paper: 10,000 with early stopping)",
     )
     batch: int = Field(128, ge=1, description="public images per distillation step; at most all there are")
     lr: float = Field(1e-3, gt=0, description="Adam learning rate of the distillation, fresh in each round")

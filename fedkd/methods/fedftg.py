@@ -51,10 +51,14 @@ class Hyper(HyperParameters):
         "examples",
         description="bases fedavg, fedprox, moon: clients weigh by their number of training examples, or all the same",
     )
-    iterations: int = Field(10, ge=0, description="rounds of the game per communication round; 0 is the base method")
+    iterations: int = Field(
+        10, ge=0, le=10_000, description="rounds of the game per communication round; 0 is the base method"
+    )
     generator_sweeps: int = Field(1, ge=0, description="generator sweeps per iteration; 0 leaves it random")
     student_steps: int = Field(5, ge=0, description="SGD steps on the model per iteration; 0 is the base method")
-    batch: int = Field(32, ge=2, description="generated images per step (the code: its clients' batch size, 50)")
+    batch: int = Field(
+        32, ge=2, le=4096, description="generated images per step (the code: its clients' batch size, 50)"
+    )
     noise: int = Field(100, ge=1, description="width of the generator's noise (the code: 100, CIFAR100: 256)")
     width: int = Field(16, ge=1, description="channels of the generator (the code: 64; 16 is ours, for CPUs)")
     server_lr: float = Field(

@@ -50,12 +50,12 @@ class Hyper(HyperParameters):
     noise: int = Field(32, ge=1, description="width of the generator's noise")
     hidden: int = Field(256, ge=1, description="hidden width of the generator")
     generator_steps: int = Field(50, ge=0, description="Adam steps on the generator per round; 0 leaves it random")
-    generator_batch: int = Field(32, ge=2, description="generated examples per generator step")
+    generator_batch: int = Field(32, ge=2, le=65_536, description="generated examples per generator step")
     generator_lr: float = Field(3e-4, gt=0, description="Adam learning rate of the generator")
     generator_lr_decay: float = Field(0.98, gt=0, le=1, description="factor on it per round")
     generator_weight_decay: float = Field(1e-2, ge=0, description="L2 coefficient of the generator's Adam")
     diversity: float = Field(1.0, ge=0, description="weight of the diversity loss; 0 is Eq. 4 as printed")
-    batch: int = Field(32, ge=1, description="generated examples per local step (the paper's B_G)")
+    batch: int = Field(32, ge=1, le=65_536, description="generated examples per local step (the paper's B_G)")
     eq5_weight: float = Field(
         1.0,
         ge=0,
