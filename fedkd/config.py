@@ -50,6 +50,28 @@ class HyperParameters(Section):
         return []
 
 
+def overshoots(key: str, weight: float, train: TrainSection, what: str) -> list[str]:
+    """Return a line where steps of a quadratic term ``weight / 2 ||theta - centre||^2`` move away from its centre.
+
+    With momentum m, ``e = theta - centre`` follows ``v <- m v + weight e, e <- e - lr v``, which shrinks when the roots
+    of ``z^2 - (1 + m - lr weight) z + m`` are inside the unit circle: ``lr weight < 2 (1 + m)``.  A convex loss beside
+    the term adds its curvature to the weight, so then there is no room beyond this bound either.
+
+    Args:
+        key: the setting that is the weight.
+        weight: its value.
+        train: the settings of local training; the learning rate is largest in the first round.
+        what: which models would be the worse for it.
+    """
+    most = 2 * (1 + train.momentum)
+    if train.lr * weight < most:
+        return []
+    return [
+        f"train.lr = {train.lr} times {key} = {weight} is not below {most:.3g}, so {what} may diverge; "
+        f"take train.lr below {most / weight:.3g}, or a smaller {key}"
+    ]
+
+
 class RunSection(Section):
     """Who takes part, for how long, and where the results go."""
 

@@ -166,6 +166,7 @@ def test_generated_batches_have_a_bound() -> None:
             Config.from_flat({"run.method": key.partition(".")[0], key: 4_000_000_000})
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A width within bounds may still be too much for this machine; an ordinary one is not even asked about."""
     monkeypatch.setattr(memory, "_free", lambda device: 2_000)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedkd.config import HyperParameters, ModelSection, TrainSection
+from fedkd.config import HyperParameters, ModelSection, TrainSection, overshoots
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg
 from fedkd.payload import ParameterVector, Statistics
@@ -29,12 +29,7 @@ class Hyper(HyperParameters):
     def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
         """Say so where the pull overshoots by more than the distance that it acts on."""
         del model, statistics
-        if self.lam * train.lr < 2:
-            return []
-        return [
-            f"train.lr = {train.lr} times ditto.lam = {self.lam} is not below 2, so personal models may diverge; "
-            f"take train.lr below {2 / self.lam:.3g}, or a smaller ditto.lam"
-        ]
+        return overshoots("ditto.lam", self.lam, train, "personal models")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from fedkd.config import HyperParameters
+from fedkd.config import HyperParameters, ModelSection, TrainSection, overshoots
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg
 from fedkd.payload import ParameterVector
@@ -27,7 +27,7 @@ class Hyper(HyperParameters):
         0.01,
         ge=0,
         description="weight of the clients' linear and proximal terms (0.01 in the released examples); 0 leaves plain "
-        "SGD, but not the server's correction",
+        "SGD, but not the server's correction; times train.lr below 2, or clients' models may diverge",
     )
     server_correction: float = Field(
         1.0,
@@ -36,6 +36,11 @@ class Hyper(HyperParameters):
         description="factor on the server's -h / alpha; 1 is the paper's, 0 with alpha=0 is fedavg with uniform "
         "weighting, bit for bit",
     )
+
+    def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
+        """Say so where the pull to the regularizer's minimum overshoots by more than the distance that it acts on."""
+        del model, statistics
+        return overshoots("feddyn.alpha", self.alpha, train, "clients' models")
 
 
 @dataclass(frozen=True)

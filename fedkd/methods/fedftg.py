@@ -26,8 +26,9 @@ from pydantic import Field, create_model
 from torch import nn
 from torch.nn import functional
 
-from fedkd.config import Config, HyperParameters
+from fedkd.config import Config, HyperParameters, ModelSection, TrainSection
 from fedkd.method import Method, Paper, load
+from fedkd.methods import fedprox
 from fedkd.models import FlatModel, Shape, StagedModel
 from fedkd.payload import ClassCounts, ParameterVector, Spec
 from fedkd.rng import Streams
@@ -103,6 +104,11 @@ class Hyper(HyperParameters):
         description="model that is scored; aggregated: the one before this round's fine-tuning; training is the same",
     )
 
+    def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
+        """Say what the base method doubts, in the words of its settings here."""
+        said = base_hyper(self).doubts(train, model, statistics)  # added to the weight decay, mu pulls as hard
+        return [line.replace(f"{self.base}.", f"fedftg.{self.base}-") for line in said]
+
 
 SHARED = ("weighting",)
 """Settings that a base method and FedFTG have in common."""
@@ -128,12 +134,17 @@ def base_config(config: Config) -> Config:
     """Return the configuration that the base method's halves see: its own settings in place of FedFTG's."""
     hyper, train = config.hyper, config.train
     assert isinstance(hyper, Hyper)
+    own = base_hyper(hyper)
+    if isinstance(own, fedprox.Hyper) and hyper.fedprox_term == "released":
+        train = train.model_copy(update={"weight_decay": train.weight_decay + own.mu})
+        own = own.model_copy(update={"mu": 0.0})
+    return config.model_copy(update={"hyper": own, "train": train})
+
+
+def base_hyper(hyper: Hyper) -> HyperParameters:
+    """Return the base method's own settings."""
     kind = load(hyper.base).hyper
-    own = {name: getattr(hyper, name if name in SHARED else f"{hyper.base}_{name}") for name in kind.model_fields}
-    if hyper.base == "fedprox" and hyper.fedprox_term == "released":
-        train = train.model_copy(update={"weight_decay": train.weight_decay + own["mu"]})
-        own["mu"] = 0.0
-    return config.model_copy(update={"hyper": kind(**own), "train": train})
+    return kind(**{n: getattr(hyper, n if n in SHARED else f"{hyper.base}_{n}") for n in kind.model_fields})
 
 
 def refers_to_aggregated(hyper: Hyper) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from fedkd.config import ModelSection, TrainSection, overshoots
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg
 
@@ -11,7 +12,17 @@ from fedkd.methods import fedavg
 class Hyper(fedavg.Hyper):
     """Settings of FedProx."""
 
-    mu: float = Field(0.1, ge=0, description="weight of the proximal term; 0 is FedAvg, bit for bit")
+    mu: float = Field(
+        0.1,
+        ge=0,
+        description="weight of the proximal term; 0 is FedAvg, bit for bit; times train.lr below 2, or clients' models "
+        "may diverge",
+    )
+
+    def doubts(self, train: TrainSection, model: ModelSection, statistics: int) -> list[str]:
+        """Say so where the pull to the global model overshoots by more than the distance that it acts on."""
+        del model, statistics
+        return overshoots("fedprox.mu", self.mu, train, "clients' models")
 
 
 METHOD = Method(
