@@ -6,6 +6,7 @@ import concurrent.futures
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -189,7 +190,8 @@ def launch_all(
                 inline.run(config, nodes or 1)
         else:
             with _processes(at_once) as pool:
-                started = [pool.submit(_inline, config.flat(), nodes or 1) for config in configs]
+                with _unheard():
+                    started = [pool.submit(_inline, config.flat(), nodes or 1) for config in configs]
                 for run in concurrent.futures.as_completed(started):
                     run.result()
 
@@ -242,6 +244,19 @@ def _processes(count: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
             worker.terminate()
         raise
     pool.shutdown()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep Ctrl-C from processes that the block starts: this one hears it after the block, and ends them in silence."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _inline(flat: Mapping[str, Scalar], nodes: int) -> None:

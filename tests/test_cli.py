@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import tiny
 
-from sims import cli
+from fedkd.config import Scalar
+from sims import cli, launch
 
 SMALL = ["--clients", "6", "--rounds", "2", "--set", "data.alpha=0.5", "--set", "train.local-steps=3"]
 
@@ -166,3 +171,46 @@ def test_a_closed_terminal_ends_a_run_unless_nohup_keeps_it_away(
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN if kept_away else signal.SIG_DFL)
     assert fedkd("--help") == 0
     assert (signal.SIGHUP in heard) != kept_away
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads what runs from /proc")
+def test_an_interrupt_while_workers_start_is_one_line(tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to every process in front, and those of the pool would each print where they were."""
+    command = [sys.executable, "-m", "sims.cli", "compare", "local", "fedavg", *SMALL, "--jobs", "2", "--out", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
+        while started.poll() is None and not any("spawn_main" in line for line in running(started.pid)):
+            time.sleep(0.005)
+        os.killpg(started.pid, signal.SIGINT)
+        _, error = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert error.splitlines() == [line for line in error.splitlines() if line.startswith("fedkd: stopped; ")]
+    while running(started.pid):  # those that were told to end
+        time.sleep(0.05)
+
+
+def check_deaf(flat: dict[str, Scalar], nodes: int) -> None:
+    """Fail in a process that Ctrl-C reaches; stands for a run."""
+    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be kept away")
+def test_processes_of_a_comparison_leave_interrupts_to_the_one_that_started_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From before their first line on, which no handler of their own could be; and that one hears them again."""
+    monkeypatch.setattr(launch, "_inline", check_deaf)
+    launch.launch_all([tiny(**{"run.dir": str(tmp_path / name)}) for name in "ab"], "inline", 1, jobs=2)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def running(session: int) -> list[str]:
+    """Return the command lines of the processes of a session that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, _, its, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(its) == session and state not in "ZX":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+    return found
