@@ -242,19 +242,18 @@ def compare(
 
       fedkd compare fedavg fedprox --data mnist --root /data --seeds 1,2,3,4,5 --out runs/prox
     """
-    from sims.launch import on_devices, place_series
-    from sims.together import SECTIONS, prepare_all, unconcerned
+    from sims.launch import on_devices, place_series, prepare
+    from sims.together import prepare_all
 
     _check_methods(methods)
     _check_series(engine, cpus_per_node, gpus_per_node, out)
     options = {"data.name": data, "data.root": root, "run.clients": clients, "run.rounds": rounds}
     flat = _flat({**options, "run.clients-per-round": clients_per_round}, settings, methods)
     flat = on_devices(flat, engine.value, nodes, superlink)
-    configs = prepare_all(flat, methods, _seeds(seeds))
+    wanted = [{**flat, "run.method": method, "run.seed": seed} for seed in _seeds(seeds) for method in methods]
+    configs = prepare_all(wanted, prepare)
     planned = [place_series(config, out / f"{config.run.method}-s{config.run.seed}") for config in configs]
-    for method in unconcerned(flat, methods):
-        told = ", ".join(key for key in flat if key.startswith(SECTIONS))
-        error_console.print(f"{told}: not for {method}, whose clients send no model", soft_wrap=True, highlight=False)
+    _say_unconcerned(flat, methods)
     runs = _run_series(planned, flat, engine, nodes, jobs, cpus_per_node, gpus_per_node, superlink, track)
     _report(runs, out)
 
@@ -315,11 +314,12 @@ def sweep(
     if twice := sorted(axes.keys() & flat.keys()):
         raise UserError(f"{twice[0]} is given twice: as {flat[twice[0]]!r} and with --over")
 
-    def configuration(own: Mapping[str, Scalar]) -> Config:
-        return prepare(on_devices(_cohort_that_fits({**flat, **own}), engine.value, nodes, superlink))
+    def configuration(keys: Mapping[str, Scalar]) -> Config:
+        return prepare(on_devices(_cohort_that_fits(keys), engine.value, nodes, superlink))
 
     _check_series(engine, cpus_per_node, gpus_per_node, out)
-    planned = sweeps.plan(axes, methods, _seeds(seeds), writable(out), configuration)
+    planned = sweeps.plan(axes, flat, methods, _seeds(seeds), writable(out), configuration)
+    _say_unconcerned([*flat, *axes], methods)
     runs = _run_series(planned, [*flat, *axes], engine, nodes, jobs, cpus_per_node, gpus_per_node, superlink, track)
     _report(runs, out)
     said = sweeps.best(runs)
@@ -751,6 +751,15 @@ def _cohort_that_fits(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
 def _check_methods(methods: Sequence[str]) -> None:
     if len(set(methods)) < len(methods):
         raise UserError("a method is named twice; name each once")
+
+
+def _say_unconcerned(given: Iterable[str], methods: Sequence[str]) -> None:
+    """Say which methods run without some of the keys that were given."""
+    from sims.together import SECTIONS, unconcerned
+
+    told = ", ".join(key for key in given if key.startswith(SECTIONS))
+    for method in unconcerned(given, methods):
+        error_console.print(f"{told}: not for {method}, whose clients send no model", soft_wrap=True, highlight=False)
 
 
 def _check_series(engine: EngineName, cpus: int | None, gpus: float | None, out: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fedkd.config import Config, Scalar, parse_assignment
 from fedkd.errors import UserError
 from fedkd.results import Run, spread
+from sims.together import SECTIONS, prepare_all, unconcerned
 
 if TYPE_CHECKING:
     from plots.style import CaptionedFigure
@@ -43,15 +44,17 @@ def parse_axis(text: str) -> tuple[str, list[Scalar]]:
 
 
 def grid(axes: Axes, methods: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, dict[str, Scalar]]]:
-    """Yield each method with each combination of the values of the settings that are common or its own.
+    """Yield each method with each combination of the values of the settings that are common or its own, and concern it.
 
     Args:
         axes: the values of each setting.
         methods: what to run.
         known: the names of all methods, whose sections are theirs alone.
     """
+    aside = unconcerned(axes, methods)
     for method in methods:
         own = [key for key in axes if (section := key.partition(".")[0]) == method or section not in known]
+        own = [key for key in own if method not in aside or not key.startswith(SECTIONS)]
         for values in itertools.product(*(axes[key] for key in own)):
             yield method, dict(zip(own, values, strict=True))
 
@@ -72,6 +75,7 @@ def check_axes(axes: Axes) -> None:
 
 def plan(
     axes: Axes,
+    given: Mapping[str, Scalar],
     methods: Sequence[str],
     seeds: Sequence[int],
     out: Path,
@@ -84,6 +88,7 @@ def plan(
 
     Args:
         axes: the values of each setting.
+        given: the flat keys that all runs have.
         methods: what to run.
         seeds: one run per method, combination and seed.
         out: folder of the runs.
@@ -95,11 +100,11 @@ def plan(
     from fedkd.method import names
     from sims.launch import place_series
 
+    combinations = [(*each, seed) for seed in seeds for each in grid(axes, methods, names())]
+    wanted = [{**given, **values, "run.method": method, "run.seed": seed} for method, values, seed in combinations]
     every: dict[str, tuple[Config, str]] = {}
-    for seed in seeds:
-        for method, values in grid(axes, methods, names()):
-            config = prepare({**values, "run.method": method, "run.seed": seed})
-            every.setdefault(config.settings_hash(), (config, _name(method, values, seed)))
+    for config, (method, values, seed) in zip(prepare_all(wanted, prepare, "sweep"), combinations, strict=True):
+        every.setdefault(config.settings_hash(), (config, _name(method, values, seed)))
     places = {Run(path.parent).config.settings_hash(): path.parent for path in sorted(out.glob("*/config.toml"))}
     for number, (_, name) in every.items():
         taken = out / name in places.values()

@@ -44,6 +44,33 @@ def test_the_control_stands_beside_a_rule_that_is_not_for_it(
     assert (fedavg.config.aggregation.rule == "median") != fedavg.config.privacy.on
 
 
+def test_a_sweep_treats_the_control_likewise(fedkd: Fedkd, capsys: Capture, tmp_path: Path) -> None:
+    """Once for all values of what it does not read, whether they are swept or given."""
+    over = ["--over", "aggregation.rule=mean,median", "--over", "train.lr=0.05,0.1", "--set=aggregation.clip-norm=5.0"]
+    assert fedkd("sweep", "local", "fedavg", *over, *COMPARE, "--out", "swept") == 0
+    said = capsys.readouterr().err
+    assert "aggregation.clip-norm, aggregation.rule: not for local, whose clients send no model" in said
+    assert sorted(path.parent.name for path in (tmp_path / "swept").glob("*/summary.json")) == [
+        *(f"fedavg-rule={rule}-lr={lr}-s1" for rule in ("mean", "median") for lr in (0.05, 0.1)),
+        *(f"local-lr={lr}-s1" for lr in (0.05, 0.1)),
+    ]
+    local = Run.open(tmp_path / "swept" / "local-lr=0.1-s1")
+    assert (local.config.aggregation.rule, local.config.aggregation.clip_norm) == ("mean", 0.0)
+
+
+def test_a_sweep_names_all_who_cannot(fedkd: Fedkd, capsys: Capture, tmp_path: Path) -> None:
+    """As a comparison does, and for the control alone too."""
+    over = ["--over", "aggregation.rule=mean,median"]
+    assert fedkd("sweep", "local", "pgfed", "fedavg", "scaffold", *over, *COMPARE, "--out", "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for said in ("pgfed also takes", "scaffold also takes", "Or sweep pgfed scaffold in an --out of their own"):
+        assert said in error
+    assert fedkd("sweep", "local", *over, *COMPARE, "--out", "out") == 2
+    assert "local a" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_all_who_cannot_are_named_at_once(fedkd: Fedkd, capsys: Capture, tmp_path: Path) -> None:
     """Beside methods that can, they would look as if they had the rule too."""
     assert fedkd("compare", "local", "pgfed", "fedavg", "scaffold", *COMPARE, MEDIAN, "--out", "out") == 2
