@@ -17,20 +17,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import by_case, case_id, cases, normed_cases, tiny
-from flwr.app import Array
-from flwr.serverapp.strategy import Strategy
+from flwr.app import Array, ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 import strategies
 from clients.app import ClientError, Worker, _named
+from clients.app import app as client_app
 from clients.training import initial_statistics
 from fedkd.config import Config, HyperParameters, Scalar, TrainSection
 from fedkd.data import federate
+from fedkd.ignored import ignored
 from fedkd.method import load, names
 from fedkd.payload import Record, pack, unpack
-from fedkd.results import Run
+from fedkd.results import Recorder, Run
 from fedkd.setup import Setup
+from sims.inline import run_apps
 
 RunInline = Callable[..., Run]
 Keys = dict[str, Scalar]
@@ -106,11 +110,31 @@ def test_the_number_of_nodes_does_not_matter_to_batchnorm(run_inline: RunInline,
     assert run_inline(method, nodes=2, **keys).digest() == run_inline(method, **keys).digest()
 
 
+@pytest.mark.slow
 @by_case
-def test_is_a_genuine_flower_strategy(method: str, variant: Keys) -> None:
-    """``strategies.build`` works in anybody's ServerApp."""
-    config = tiny(method, **variant)
-    assert isinstance(strategies.build(config, federate(config)), Strategy)
+def test_is_a_genuine_flower_strategy(run_inline: RunInline, tmp_path: Path, method: str, variant: Keys) -> None:
+    """``strategies.build`` works in anybody's ServerApp: its ``start`` leaves what ``fedkd run`` does."""
+    app = ServerApp()
+    results: list[Result] = []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = Config.from_flat(context.run_config)
+        data = federate(config)
+        recorder = Recorder(tmp_path, config, data.csv(), data.fingerprint())
+        strategy = strategies.build(config, data, recorder=recorder)
+        assert isinstance(strategy, Strategy)
+        results.append(strategy.start(grid, ArrayRecord(), num_rounds=config.run.rounds))
+        recorder.finish(strategy.state)
+
+    run_apps(app, client_app, tiny(method, **variant, **{"run.dir": str(tmp_path)}), nodes=2)
+    expected = run_inline(method, **variant)
+    assert Run.open(tmp_path).digest() == expected.digest()
+    [result] = results
+    assert result.train_metrics_clientapp.keys() == {1, 2, 3}
+    rows = expected.frame("clients").groupby("round")[["loss_sum", "loss_weight"]].sum()
+    for round, metrics in result.train_metrics_clientapp.items():
+        assert metrics["loss"] == pytest.approx(rows["loss_sum"][round] / rows["loss_weight"][round])
 
 
 # 2. Every hyper-parameter changes the result.
@@ -207,36 +231,47 @@ def test_every_hyper_parameter_changes_the_result(
         assert any(rows != before for rows in changed), f"{key(method, field)} changes nothing"
 
 
+def foreign(method: str, variant: Keys) -> list[str]:
+    """Return the fields that are another variant's."""
+    return [
+        name
+        for name, field in load(method).hyper.model_fields.items()
+        if any(variant.get(key(method, other), wanted) != wanted for other, wanted in only(field).items())
+    ]
+
+
 @pytest.mark.slow
-@by_case
+@pytest.mark.parametrize(("method", "variant"), [case for case in cases() if foreign(*case)], ids=case_id)
 def test_hyper_parameters_of_another_variant_change_nothing(run_inline: RunInline, method: str, variant: Keys) -> None:
     """What a contract marks as another variant's is not read by this one, so variants are never blended."""
     hyper, config = load(method).hyper, tiny(method, **variant)
-    foreign = [
-        name
-        for name, field in hyper.model_fields.items()
-        if any(variant.get(key(method, other), wanted) != wanted for other, wanted in only(field).items())
-    ]
     stages = setup_of(config).staged.stage_names
-    changes = {key(method, n): changed_values(hyper, n, getattr(config.hyper, n), stages)[0] for n in foreign}
+    changes = {
+        key(method, n): changed_values(hyper, n, getattr(config.hyper, n), stages)[0] for n in foreign(method, variant)
+    }
+    assert tiny(method, **variant, **changes).hyper != config.hyper
     assert run_inline(method, **variant, **changes).digest() == run_inline(method, **variant).digest()
 
 
 NEEDED_BY_TRAIN: dict[str, Keys] = {
-    "local_epochs": {"train.local-steps": 0},
+    "local_epochs": {"train.batch-size": 48, "train.local-steps": 0},
     "last_batch": {"train.batch-size": 48, "train.local-steps": 0},
     "lr_decay_from": {"train.lr-decay": 0.5},
 }
 """Settings of local training that act only beside others."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", TrainSection.model_fields)
-def test_every_setting_of_local_training_changes_the_result(run_inline: RunInline, field: str) -> None:
-    """The common settings are held to the same rule as a method's own."""
-    base = {**NEEDED_BY_TRAIN.get(field, {}), **({} if field == "lr_decay_from" else SHORT)}
-    values = changed_values(TrainSection, field, getattr(tiny("fedavg", **base).train, field), ())
-    changed = run_inline("fedavg", **{**base, key("train", field): values[0]})
-    assert changed.digest() != run_inline("fedavg", **base).digest(), f"{key('train', field)} changes nothing"
+@pytest.mark.parametrize("method", names())
+def test_every_setting_of_local_training_changes_the_result(run_inline: RunInline, method: str, field: str) -> None:
+    """The common settings are held to the same rule as a method's own, for every method that does not say otherwise."""
+    base = {**NEEDED_BY_TRAIN.get(field, {}), **(THREE if field == "lr_decay_from" else SHORT)}
+    config, name = tiny(method, **base), key("train", field)
+    assert ignored(config, [name]) == []
+    value = changed_values(TrainSection, field, getattr(config.train, field), ())[0]
+    changed = learned(run_inline(method, **{**base, name: value}))
+    assert changed != learned(run_inline(method, **base)), f"{name} changes nothing for {method}"
 
 
 def test_a_hyper_parameter_that_changes_nothing_would_be_found() -> None:
