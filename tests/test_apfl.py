@@ -66,6 +66,7 @@ def states(run: Run) -> list[str]:
 # Limit cases.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {**NORMED, "train.momentum": 0.5}], ids=["mlp", "batch-norm"])
 @VARIANTS
 def test_without_an_own_model_it_is_the_control(run_inline: RunInline, variant: str, keys: dict[str, Scalar]) -> None:
@@ -85,6 +86,7 @@ def test_an_own_model_without_weight_never_moves(worker: Callable[..., Any], var
     assert not torch.equal(outcome.state.copy, node.initial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {**NORMED, "train.weight-decay": 0.1}], ids=["mlp", "batch-norm"])
 @VARIANTS
 def test_an_own_model_alone_is_local_training(run_inline: RunInline, variant: str, keys: dict[str, Scalar]) -> None:
@@ -163,6 +165,7 @@ def test_each_clients_weight_is_in_the_results(run_inline: RunInline, variant: s
         assert float(load_file(file)["alpha"]) == alpha
 
 
+@pytest.mark.slow
 @VARIANTS
 def test_the_weight_stays_a_weight(run_inline: RunInline, variant: str) -> None:
     """alpha is clipped to [0, 1]; unclipped, these long steps would leave it."""

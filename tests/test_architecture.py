@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def files(*folders: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@cache
 def tree(file: str) -> ast.Module:
     """Parse a file of the project."""
     return ast.parse((ROOT / file).read_text(encoding="utf-8"), file)

@@ -76,6 +76,7 @@ def test_a_score_that_tells_all_and_one_that_tells_nothing() -> None:
     assert nothing["loss"]["tpr_at_1"]["value"] < 0.05
 
 
+@pytest.mark.slow
 def test_intervals_cover() -> None:
     """Of 60 attacks on scores that tell nothing, 95 % intervals hold 0.5 in nearly all (binomial, 99.9 % range)."""
     inside = 0

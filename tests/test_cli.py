@@ -123,6 +123,7 @@ def test_two_at_once_in_one_folder_are_refused(
     assert (tmp_path / "local-s1" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_other_data_of_the_same_name_is_not_taken_for_the_same_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -39,9 +39,12 @@ from sims.inline import run_apps
 RunInline = Callable[..., Run]
 Keys = dict[str, Scalar]
 
-NORMED = normed_cases()
+NORMED = [
+    pytest.param(*case, marks=[] if case[0] == "fedavg" else pytest.mark.slow, id="-".join(map(case_id, case)))
+    for case in normed_cases()
+]
 by_normed = pytest.mark.parametrize(("method", "variant"), NORMED, ids=case_id)
-"""Run a test with BatchNorm, which the model of the tiny runs has not."""
+"""Run a test with BatchNorm, which the model of the tiny runs has not; one method does for the fast tests."""
 with_and_without_batchnorm = pytest.mark.parametrize(("method", "variant"), [*cases(), *NORMED], ids=case_id)
 
 
@@ -499,6 +502,7 @@ def test_survives_absent_classes(run_inline: RunInline, method: str, variant: Ke
     assert (test.to_numpy() == train.to_numpy()).all()
 
 
+@pytest.mark.slow
 @by_case
 def test_scores_clients_that_were_never_sampled(run_inline: RunInline, method: str, variant: Keys) -> None:
     """A newcomer has no state yet, and still gets a prediction."""

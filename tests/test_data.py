@@ -371,6 +371,7 @@ def test_more_clients_than_writers_are_refused(femnist: str) -> None:
         federate(tiny(**{**keys, "run.clients": 13}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "fedgen"])
 def test_a_partition_is_a_function_of_its_seed(kind: str) -> None:
     """Whatever state the global generators are in, and without the cache's help."""
@@ -414,6 +415,7 @@ def test_a_cached_partition_is_that_of_its_labels(tmp_path: Path) -> None:
         assert ((counts > 0).sum(axis=1) == 2).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 10, 200])
 def test_a_damaged_cached_partition_is_dealt_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
     """An unreadable file is as good as none."""

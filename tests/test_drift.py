@@ -72,6 +72,7 @@ def gradient(node: Any, theta: torch.Tensor, x: torch.Tensor, y: torch.Tensor, d
 # SCAFFOLD.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", OPTIONS)
 @pytest.mark.parametrize("keys", [{}, {**NORMED, "model.norm-statistics": "averaged"}], ids=["plain", "batchnorm"])
 def test_scaffold_without_its_correction_is_the_plain_mean(
@@ -94,6 +95,7 @@ def test_scaffold_is_the_plain_mean_in_its_first_round_only(run_inline: RunInlin
     assert not torch.equal(final(run)["parameters"], final(avg)["parameters"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", OPTIONS)
 @pytest.mark.parametrize("per_round", [0, 2])
 def test_the_servers_control_variate_is_the_mean_of_all_clients(
@@ -336,6 +338,7 @@ def test_feddyn_ends_where_the_mean_loss_is_least() -> None:
 # MOON.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 @pytest.mark.parametrize("keys", [{}, NORMED], ids=["plain", "batchnorm"])
 def test_moon_without_its_term_is_fedavg(run_inline: RunInline, weighting: str, keys: dict[str, Scalar]) -> None:

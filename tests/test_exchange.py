@@ -172,6 +172,7 @@ def test_feddf_without_public_data_is_refused() -> None:
         strategies.build(config, federate(config))
 
 
+@pytest.mark.slow
 def test_feddf_with_personal_batchnorm_is_refused(run_inline: RunInline) -> None:
     """The teachers run on the server, which has no statistics for them; both cures work."""
     config = tiny("feddf", **NORMED)
@@ -299,6 +300,7 @@ def test_the_ensembles_two_averages() -> None:
     close(ensemble(logits[:1], [1.0], "probabilities"), logits[0].log_softmax(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, NORMED, AVERAGED], ids=str)
 def test_an_ensemble_of_one_is_that_client(run_inline: RunInline, keys: Keys) -> None:
     """With one client per round the average is its model, so FedAvg and the ensemble predict alike, bit for bit."""
@@ -317,6 +319,7 @@ def test_the_ensemble_trains_as_fedavg(run_inline: RunInline, members: str) -> N
     assert bytes_down[0] == bytes_down[1]
 
 
+@pytest.mark.slow
 def test_with_full_participation_all_members_are_the_cohort(run_inline: RunInline) -> None:
     """The two readings differ only in the clients that were not sampled."""
     runs = [
@@ -512,6 +515,7 @@ def test_a_client_that_was_not_in_the_last_round_takes_nothing_out() -> None:
 # FedProto.
 
 
+@pytest.mark.slow
 @PROTO_VARIANTS
 @pytest.mark.parametrize("keys", [{}, NORMED], ids=str)
 def test_fedproto_without_its_term_is_local(run_inline: RunInline, variant: str, keys: Keys) -> None:
@@ -537,6 +541,7 @@ def test_fedproto_takes_clients_with_different_models(run_inline: RunInline) -> 
         run_inline("fedproto", **{"model.hidden": 31, "model.client-models": "mlp,fedgen_cnn"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [NORMED, AVERAGED], ids=str)
 @PROTO_VARIANTS
 def test_fedproto_keeps_batchnorm_at_home(run_inline: RunInline, variant: str, keys: Keys) -> None:

@@ -78,6 +78,7 @@ def test_its_first_round_is_local_and_the_second_is_not(run_inline: RunInline) -
     assert [r for r in mine if r["round"] == 2] != [r for r in alone if r["round"] == 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [0, 1000])
 def test_without_drops_the_whole_model_takes_part_to_the_end(run_inline: RunInline, rounds: int) -> None:
     """The control of the mechanism: no drops, or none within the run, are the same run."""
@@ -89,6 +90,7 @@ def test_without_drops_the_whole_model_takes_part_to_the_end(run_inline: RunInli
 # The schedule.
 
 
+@pytest.mark.slow
 def test_the_schedule_is_in_the_results(run_inline: RunInline) -> None:
     """Depth and drops of each round, and how many classes of K the clients were taught: none right after a drop."""
     run = run_inline("fedd2s", **DEEP, **{"fedd2s.rounds-per-drop": 2, "run.rounds": 9, "run.clients-per-round": 0})
@@ -520,6 +522,7 @@ MIXED: Keys = {"model.client-models": "mlp, fedgen_cnn", "model.name": "mlp", "r
 """Clients 0, 2 and 4 have one model, the others another."""
 
 
+@pytest.mark.slow
 def test_clients_may_have_different_models(run_inline: RunInline, tmp_path: Any) -> None:
     """Alone, each client is as in a run where all have its model."""
     mixed = scores(run_inline("local", **MIXED))
@@ -542,6 +545,7 @@ def test_different_models_learn_from_each_other(run_inline: RunInline, head: str
     assert all("distillation_loss_sum" in row for row in last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_a_global_head_serves_models_that_agree_in_width(run_inline: RunInline, head: str) -> None:
     """The mlp's hidden stage and the CNN's latent one have 32 numbers each; deeper in the CNN there is no such pair."""
@@ -577,6 +581,7 @@ def test_a_client_model_that_does_not_exist_is_one_clear_line(run_inline: RunInl
         run_inline("local", **{"model.client-models": wrong})
 
 
+@pytest.mark.slow
 def test_one_model_for_all_named_twice_is_no_other_run(run_inline: RunInline) -> None:
     """Naming the server's own model for all clients changes nothing."""
     keys: Keys = {"model.name": "mlp"}

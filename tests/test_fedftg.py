@@ -461,6 +461,7 @@ def test_the_generators_gradient_is_the_derivative_of_its_objective(variant: str
     torch.testing.assert_close(gradient, derivative, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_each_variant_takes_its_own_number_of_generator_steps() -> None:
     """One step per sweep on all clients, or one per client: told by how many losses there are."""
     for variant, steps in (("paper", 10), ("authors", 30)):
@@ -470,6 +471,7 @@ def test_each_variant_takes_its_own_number_of_generator_steps() -> None:
         assert metrics["student_loss"][1] == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_real_images_instead_of_generated_ones_raise_the_accuracy(variant: str) -> None:
     """The oracle: the same student loop on real images tells a wrong student loss from a poor generator."""
@@ -556,6 +558,7 @@ def test_a_client_counts_its_own_examples(worker: Callable[..., Any]) -> None:
     assert int(update.class_counts.sum()) == int(update.examples)
 
 
+@pytest.mark.slow
 def test_either_model_can_be_scored(run_inline: RunInline) -> None:
     """Scoring the model before fine-tuning changes the scores and leaves the training as it is, round by round."""
     tuned, plain = run_inline("fedftg"), run_inline("fedftg", **{"fedftg.score": "aggregated"})
@@ -566,6 +569,7 @@ def test_either_model_can_be_scored(run_inline: RunInline) -> None:
     assert first[0] == first[1]
 
 
+@pytest.mark.slow
 def test_fedprox_as_released_is_weight_decay(run_inline: RunInline) -> None:
     """The released FedProx adds mu to the weight decay on either side; its limit is FedAvg with that decay."""
     released = {"fedftg.base": "fedprox", "fedftg.fedprox-term": "released", "fedftg.fedprox-mu": 0.25}
@@ -613,6 +617,7 @@ def test_personal_statistics_are_refused() -> None:
     round_of(**{"model.name": "fedgen_cnn", "fedftg.iterations": 0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"model.norm": "group"}, {"model.norm-statistics": "averaged"}], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_the_refusal_recommends_works(run_inline: RunInline, variant: str, keys: dict[str, Scalar]) -> None:

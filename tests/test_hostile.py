@@ -97,14 +97,26 @@ def holding(content: RecordDict) -> Any:
 # ---- what is sent ----------------------------------------------------------------------------------------------------
 
 
-def kinds() -> list[tuple[str, dict[str, Scalar], str]]:
-    """Return every record type that crosses the network: method, the keys of its variant, and the type's name."""
+def kinds() -> list[Any]:
+    """Return every record type that crosses the network: method, the keys of its variant, and the type's name.
+
+    The richest of them do for the fast tests.
+    """
     found = []
     for method, variant in cases():
-        contract = setup(method, json.dumps(variant))[1]
-        names = ("Broadcast", "Update", "Personal", "Scoring")
-        found += [(method, variant, name) for name in names if getattr(contract, name) is not None]
+        contract, fast = contract_of(method, variant), method in ("fedavg", "fedgen", "pgfed", "fedd2s")
+        for name in ("Broadcast", "Update", "Personal", "Scoring"):
+            if getattr(contract, name) is not None:
+                ident = "-".join(map(case_id, (method, variant, name)))
+                found.append(pytest.param(method, variant, name, id=ident, marks=[] if fast else pytest.mark.slow))
     return found
+
+
+def contract_of(method: str, variant: dict[str, Scalar]) -> Any:
+    """Return a method's contract under the settings of a tiny run."""
+    from fedkd.method import load
+
+    return load(method).under(tiny(method, **variant).hyper)
 
 
 @cache
@@ -203,7 +215,7 @@ def mutated(draw: st.DrawFn, arrays: ArrayRecord) -> ArrayRecord:
     return ArrayRecord(changed)
 
 
-@pytest.mark.parametrize(("method", "variant", "name"), kinds(), ids=case_id)
+@pytest.mark.parametrize(("method", "variant", "name"), kinds())
 @FEW
 @given(data=st.data())
 def test_a_mutated_payload_is_refused_or_legal(
@@ -444,6 +456,7 @@ VALUES: Any = st.one_of(
 )
 
 
+@pytest.mark.slow
 @MANY
 @given(data=st.data())
 def test_a_mutated_order_is_refused_or_legal(data: st.DataObject) -> None:
@@ -511,6 +524,7 @@ TOML = st.one_of(
 )
 
 
+@pytest.mark.slow
 @MANY
 @given(st.dictionaries(st.sampled_from(sorted(defaults())) | st.text(max_size=10), JSON, max_size=3))
 def test_any_flat_configuration_is_read_or_refused(flat: dict[str, Any]) -> None:
@@ -560,6 +574,7 @@ def test_a_runs_name_stays_in_its_folder(name: str) -> None:
         assert place.folder(name).parent == Path("/state")
 
 
+@pytest.mark.slow
 @MANY
 @given(st.text(max_size=20) | st.from_regex(r"[a-z./~]{1,12}", fullmatch=True))
 def test_a_runs_folder_stays_among_the_others(name: str) -> None:

@@ -74,6 +74,7 @@ def test_fedgen_as_released_without_its_terms_is_fedavg(run_inline: RunInline) -
     assert gen.rows("evaluations") == avg.rows("evaluations")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, AVERAGED], ids=["mlp", "batch-norm"])
 def test_fedgen_that_shares_its_predictor_and_is_without_terms_is_lg_fedavg(
     run_inline: RunInline, keys: dict[str, Scalar]
@@ -509,6 +510,7 @@ def test_released_labels_are_uniform_over_what_was_seen() -> None:
         assert float(state.label_probabilities.max()) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "latent", "head"])
 @pytest.mark.parametrize("keys", [{"model.norm": "group"}, {"model.norm-statistics": "averaged"}], ids=str)
 def test_the_generator_may_feed_any_stage(run_inline: RunInline, layer: str, keys: dict[str, Scalar]) -> None:

@@ -208,6 +208,7 @@ def test_laying_out_keeps_the_model() -> None:
     assert torch.equal(flat.parameters, torch.cat([p.detach().reshape(-1) for p in plain.parameters()]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedgen_cnn", "fedavg_cnn", "pfl_cnn"])
 def test_channels_last_is_the_same_model_in_another_order(name: str) -> None:
     """Predictions and gradients are the same up to rounding, weights lie otherwise, and views have their shapes."""

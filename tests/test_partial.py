@@ -86,6 +86,7 @@ def test_with_nothing_personal_it_is_fedavg(run_inline: RunInline, method: str, 
         assert scores(run, "personal") == scores(avg, "global")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", ["fedper", "lg_fedavg"])
 def test_with_everything_personal_it_is_local(run_inline: RunInline, method: str, model: str) -> None:
@@ -117,6 +118,7 @@ def test_fedrep_without_head_steps_has_fedbabus_body(run_inline: RunInline, mode
     assert scores(rep, "global") == scores(babu, "global") == scores(rep, "personal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_fedbabu_without_fine_tuning_scores_the_global_model(run_inline: RunInline, model: str) -> None:
     """Before its fine-tuning a client has the common head."""
@@ -133,6 +135,7 @@ def test_fedbabu_without_a_fixed_head_is_the_control(run_inline: RunInline) -> N
     assert scores(run, "global") == scores(control, "global")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [MODELS["mlp"], {"model.name": "fedgen_cnn", "model.norm": "group"}], ids=str)
 def test_fedbn_without_batchnorm_is_fedavg_and_says_so(
     run_inline: RunInline, keys: Keys, capsys: pytest.CaptureFixture[str]
@@ -156,6 +159,7 @@ def test_fedbn_whose_clients_are_all_alike_is_fedavg(run_inline: RunInline) -> N
     assert scores(bn, "personal") == scores(avg, "global") != scores(bn, "global")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_fedrod_with_plain_cross_entropy_is_fedavg(run_inline: RunInline, model: str) -> None:
     """The personalized heads take nothing from the generic model and give it nothing."""
@@ -165,6 +169,7 @@ def test_fedrod_with_plain_cross_entropy_is_fedavg(run_inline: RunInline, model:
     assert scores(rod, "global") == scores(avg, "global") != scores(rod, "personal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedper", "fedrep", "lg_fedavg", "fedrod", "fedbn"])
 def test_a_newcomer_has_the_shared_model(run_inline: RunInline, method: str) -> None:
     """A client that was never trained is scored, with what it can have: the shared part and the initial rest."""

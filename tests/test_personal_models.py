@@ -125,6 +125,7 @@ def test_before_its_first_participation_a_client_has_the_global_model(run_inline
 # Ditto.
 
 
+@pytest.mark.slow
 @EVERY_SETTING
 @pytest.mark.parametrize("lam", [0.0, 2.0])
 def test_ditto_has_fedavgs_global_model(run_inline: RunInline, keys: dict[str, Scalar], lam: float) -> None:
@@ -137,6 +138,7 @@ def test_ditto_has_fedavgs_global_model(run_inline: RunInline, keys: dict[str, S
     assert scores(run, "global") == scores(expected, "global")
 
 
+@pytest.mark.slow
 @EVERY_SETTING
 def test_ditto_without_its_pull_is_local_training(run_inline: RunInline, keys: dict[str, Scalar]) -> None:
     """lambda = 0: the personal model starts from the initial one and sees its client's data alone, bit for bit."""
@@ -241,6 +243,7 @@ def test_pfedmes_outer_step_is_the_envelopes_gradient(monkeypatch: pytest.Monkey
     assert float(gradient @ along) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.slow
 @EVERY_SETTING
 def test_pfedme_with_one_inner_step_and_a_whole_outer_one_is_fedavg(
     run_inline: RunInline, keys: dict[str, Scalar]
@@ -256,6 +259,7 @@ def test_pfedme_with_one_inner_step_and_a_whole_outer_one_is_fedavg(
     assert mine.summary()["last_global"] == pytest.approx(expected.summary()["last_global"], abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lr", "curvature", "settles"),
     [

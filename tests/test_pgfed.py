@@ -149,6 +149,7 @@ def test_without_learning_all_clients_get_the_same_gradient() -> None:
     assert torch.equal(run.state.alpha, torch.full((6, 6), 1 / 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {"pgfed.momentum-buffer": "kept", "train.momentum": 0.9}], ids=str)
 def test_no_share_of_the_old_gradient_is_pgfed(run_inline: RunInline, keys: Keys) -> None:
     """beta = 0 keeps nothing, and a small beta tends to it."""

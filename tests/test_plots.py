@@ -498,6 +498,7 @@ class TestStyle:
     def long_names(self, write: Write) -> list[Run]:
         return [write("fedgen", 1, None, [[n, n]], **{"train.lr": 0.1 + n / 100}) for n in range(9)]
 
+    @pytest.mark.slow
     def test_legend_stays_inside_and_off_the_axes(self, long_names: list[Run], runs: list[Run]) -> None:
         for figure in (convergence(long_names), fairness(long_names), convergence(runs), partition(runs[0])):
             figure.draw_without_rendering()

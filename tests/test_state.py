@@ -140,6 +140,7 @@ def test_the_late_end_of_an_old_order_takes_nothing_away(store: ClientStore) -> 
     assert found(store, 0, 8)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     every=st.integers(1, 5),

@@ -51,6 +51,7 @@ def test_who_may_send_sums() -> None:
             assert set(contract.Sum.specs()) == {*contract.Update.specs(), "clients"}
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(
@@ -111,6 +112,7 @@ def test_who_needs_updates_one_by_one_gets_them(run_inline: RunInline, method: s
         assert ignored(config, ["run.exchange"]) == [f"run.exchange has no effect beside run.method = '{method}'"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys", [{"aggregation.rule": "median"}, {"privacy.clip-norm": 0.5}], ids=["median", "privacy"]
 )
