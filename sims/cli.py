@@ -557,7 +557,7 @@ def adapt(
 
     Examples:
 
-      fedkd run fedavg --set data.newcomers=5 --out runs/fedavg
+      fedkd run fedavg --clients 15 --set data.newcomers=5 --out runs/fedavg
 
       fedkd adapt runs/fedavg --epochs 20
 
