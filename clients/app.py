@@ -170,10 +170,13 @@ class Worker:
         self.store = ClientStore(folder, config.run.checkpoint_every)
         self.initial = self.setup.model.parameters.clone()
         self.initials = {name: other.model.parameters.clone() for name, other in self.setup.others.items()}
-        self.shard = lru_cache(maxsize=None)(self._shard)
+        self._shards: dict[tuple[int, str], Shard] = {}
 
-    def _shard(self, client: int, split: str) -> Shard:
-        return self.data.shard(client, split, self.device)
+    def shard(self, client: int, split: str) -> Shard:
+        """Return a client's ``train`` or ``test`` images on this worker's device; made once."""
+        if (client, split) not in self._shards:
+            self._shards[client, split] = self.data.shard(client, split, self.device)
+        return self._shards[client, split]
 
     def broadcast(self, message: Message, kind: type[Record] | None = None) -> Record:
         """Return the message's broadcast, checked; it is a ``Broadcast`` unless the contract has another kind."""
@@ -235,6 +238,7 @@ def _worker(config: str, run_id: int, node: NodeKeys | None, run: str) -> Worker
         run: the name under which a device keeps its clients' states.
     """
     single_thread()
+    gc.unfreeze()  # else nothing of the worker before this one would ever go
     gc.collect()
     gc.freeze()  # what is loaded by now stays, so the collector need not walk it again in every round
     read = Config.read(config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -24,7 +26,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 import strategies
-from clients.app import ClientError, Worker, _named
+from clients.app import ClientError, Worker, _named, _worker
 from clients.app import app as client_app
 from clients.training import initial_statistics
 from fedkd.config import Config, HyperParameters, Scalar, TrainSection
@@ -583,3 +585,16 @@ def test_bytes_are_those_of_the_real_serialization(
 def test_every_registered_method_is_tested() -> None:
     """The suite finds methods by file name."""
     assert {method for method, _ in cases()} == set(names())
+
+
+def test_a_worker_goes_when_the_next_comes(tmp_path: Path) -> None:
+    """A process that does a hundred runs, as in a sweep, holds the data of the last one only."""
+    workers = []
+    for seed in range(3):
+        config = tiny(**{"run.seed": seed, "run.dir": str(tmp_path / str(seed))})
+        made = _worker(json.dumps(config.flat()), 1, None, "")
+        made.shard(0, "train")
+        workers.append(weakref.ref(made))
+        del made
+    gc.collect()
+    assert [worker() is None for worker in workers] == [True, True, False]
