@@ -134,8 +134,7 @@ class Job:
         """
         train, rng = self.train, self.torch_rng(purpose)
         most = train.local_steps or None if steps is None else steps
-        size = min(train.batch_size, len(shard))
-        whole = len(shard) // size * size if train.last_batch == "drop" else len(shard)
+        size, whole = train.batches(len(shard))
         done, passes = 0, 0
         while passes < train.local_epochs if most is None else done < most:
             order = torch.randperm(len(shard), generator=rng)[:whole].to(shard.y.device)

@@ -21,6 +21,11 @@ def change(update: Record, start: Record) -> torch.Tensor:
     return torch.cat(ends) - torch.cat(starts)
 
 
+def length(update: Record, start: Record) -> float:
+    """Return the L2 norm of what a client has changed."""
+    return float(torch.linalg.vector_norm(change(update, start)))
+
+
 def clipped(update: R, start: Record, most: float) -> R:
     """Return ``theta + (theta_k - theta) min(1, C / ||theta_k - theta||)`` in the place of ``theta_k``.
 

@@ -239,6 +239,20 @@ class TrainSection(Section):
         description="exponent of lr-decay: the current round, or (FedGen's authors) the client's previous one",
     )
 
+    def batches(self, examples: int) -> tuple[int, int]:
+        """Return how many of a client's examples a step uses, and how many a whole pass over them."""
+        size = min(self.batch_size, examples)
+        return size, examples // size * size if self.last_batch == "drop" else examples
+
+    def passes(self, examples: int) -> dict[int, int]:
+        """Return how many examples the passes of a participation use: the number of examples to that of passes."""
+        size, whole = self.batches(examples)
+        if not self.local_steps:
+            return {whole: self.local_epochs}
+        complete, steps = divmod(self.local_steps, -(-whole // size))
+        used = steps * size  # of the last pass, which breaks off
+        return {whole: complete, used: 1} if steps else {whole: complete}
+
 
 class AggregationSection(Section):
     """How the clients' models become one, for methods whose server averages models (docs/robustness.md)."""
@@ -252,6 +266,9 @@ class AggregationSection(Section):
     byzantine: int = Field(1, ge=0, description="krum, multi-krum: number of clients of a round taken to be hostile")
     clip_norm: float = Field(
         0.0, ge=0, description="largest L2 norm of a client's change of the model, scaled down by the server; 0: any"
+    )
+    refuse_norm: float = Field(
+        0.0, ge=0, description="largest L2 norm of a client's change of the model that is not refused; 0: any"
     )
 
 

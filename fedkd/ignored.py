@@ -23,6 +23,10 @@ _COMMON: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "train.local-epochs": ("train.local-steps", lambda c: c.train.local_steps == 0),
     "aggregation.trim": ("aggregation.rule", lambda c: c.aggregation.rule == "trimmed-mean"),
     "aggregation.byzantine": ("aggregation.rule", lambda c: c.aggregation.rule in ("krum", "multi-krum")),
+    "aggregation.clip-norm": (
+        "aggregation.refuse-norm",
+        lambda c: not 0 < c.aggregation.refuse_norm <= c.aggregation.clip_norm,
+    ),
     "privacy.delta": ("privacy.noise-multiplier", lambda c: c.privacy.noise_multiplier > 0),
     "privacy.noise": ("privacy.noise-multiplier", lambda c: c.privacy.noise_multiplier > 0),
     "train.lr-decay-from": ("train.lr-decay", lambda c: c.train.lr_decay < 1),

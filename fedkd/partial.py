@@ -14,11 +14,11 @@ import torch
 
 from fedkd.methods import fedavg
 from fedkd.models import FlatModel, StagedModel
-from fedkd.payload import Count, Examples, Record, SharedStatistics, Spec, Statistics, StatisticsSum
+from fedkd.payload import EXACT, Examples, Positive, Record, SharedStatistics, Spec, Statistics, StatisticsSum
 
 SharedVector = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.float32)]
 """The parameters that travel, in the order of the model's vector."""
-SharedSum = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.float64)]
+SharedSum = Annotated[torch.Tensor, Spec(("shared_parameters",), torch.float64, most=EXACT)]
 """A sum of what travels, in units of :data:`fedkd.sums.UNIT`."""
 OwnVector = Annotated[torch.Tensor, Spec(("own_parameters",), torch.float32)]
 """The parameters that stay with the client, in the order of the model's vector."""
@@ -49,7 +49,7 @@ class Update(Record):
 
     parameters: SharedVector
     statistics: SharedStatistics
-    examples: Count
+    examples: Examples
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Sum(Record):
     parameters: SharedSum
     statistics: StatisticsSum
     examples: Examples
-    clients: Examples
+    clients: Positive
 
 
 @dataclass(frozen=True)

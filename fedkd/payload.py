@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +32,20 @@ R = TypeVar("R", bound="Record")
 
 
 class PayloadError(ValueError):
-    """A record does not have the declared fields, shapes, dtypes or finite values; the message says which and whose."""
+    """A record does not have the declared fields, shapes, dtypes or ranges; the message says which and whose."""
 
 
 MOST = 2**31 - 1
 """The largest whole number in a record, so that no sum or product of theirs overflows 64 bits."""
+LARGEST = 2.0**40
+"""The largest magnitude of any other number in a record: 10^12, which nothing that was learnt comes near, and single
+precision holds the sum of the squares of 10^14 such numbers, a thousand clients' models of 10^11 parameters."""
+EXACT = 2.0**53
+"""Whole numbers up to here are exact in double precision: the largest magnitude in a sum."""
+
+Counted = Literal["", "held", "some", "drawn"]
+"""Which of its client's training examples a whole number counts: nothing of them, all, at most all, or those that its
+batches were drawn from, over and over."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +57,27 @@ class Spec:
         dtype: of the values.
         least: the smallest whole number that is allowed.
         below: name of a dimension, for whole numbers that count its places from 0.
+        most: the largest number that is allowed; None: :data:`MOST`, or of a magnitude :data:`LARGEST`.
+        counted: what it counts, of a number that the server can compare with what it knows (:mod:`fedkd.known`).
     """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
     least: int = 0
     below: str = ""
+    most: float | None = None
+    counted: Counted = ""
 
     def resolve(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(d if isinstance(d, int) else sizes[d] for d in self.shape)
 
-    def range(self, sizes: Sizes) -> tuple[int, int]:
-        """Return the smallest and the largest whole number that are allowed."""
-        return self.least, sizes[self.below] - 1 if self.below else MOST
+    def range(self, sizes: Sizes) -> tuple[float, float]:
+        """Return the smallest and the largest number that are allowed."""
+        if self.dtype.is_floating_point:
+            most = LARGEST if self.most is None else self.most
+            return -most, most
+        most = MOST if self.most is None else self.most
+        return self.least, sizes[self.below] - 1 if self.below else most
 
 
 ParameterVector = Annotated[torch.Tensor, Spec(("parameters",), torch.float32)]
@@ -70,16 +87,27 @@ SharedStatistics = Annotated[torch.Tensor, Spec(("shared_statistics",), torch.fl
 Statistics = Annotated[torch.Tensor, Spec(("statistics",), torch.float32)]
 """All BatchNorm running statistics of the model (empty without BatchNorm)."""
 ClassCounts = Annotated[torch.Tensor, Spec(("classes",), torch.int64)]
-"""Number of examples of each class."""
+"""A whole number for each class, not below zero."""
+HeldCounts = Annotated[torch.Tensor, Spec(("classes",), torch.int64, counted="held")]
+"""Number of training examples of each class that a client holds; the server refuses any other than it knows of."""
+SomeCounts = Annotated[torch.Tensor, Spec(("classes",), torch.int64, counted="some")]
+"""Number of a client's training examples of each class that were used for something: no more than it holds."""
+DrawnCounts = Annotated[torch.Tensor, Spec(("classes",), torch.int64, counted="drawn")]
+"""Number of examples of each class in a participation's batches, as often as they were drawn."""
+ClassMarks = Annotated[torch.Tensor, Spec(("classes",), torch.int64, most=1)]
+"""1 or 0 for each class."""
 ClassProbabilities = Annotated[torch.Tensor, Spec(("classes",), torch.float32)]
 """A distribution over the classes."""
 Count = Annotated[torch.Tensor, Spec((), torch.int64)]
 """One whole number, not below zero."""
-Examples = Annotated[torch.Tensor, Spec((), torch.int64, least=1)]
-"""Number of examples that a client trained on; there is one at least, and averages may divide by it."""
-ParameterSum = Annotated[torch.Tensor, Spec(("parameters",), torch.float64)]
+Positive = Annotated[torch.Tensor, Spec((), torch.int64, least=1)]
+"""One whole number above zero, by which averages may divide."""
+Examples = Annotated[torch.Tensor, Spec((), torch.int64, least=1, counted="held")]
+"""Number of training examples that a client holds, or that the clients of a sum hold, above zero; the server refuses
+any other than it knows of."""
+ParameterSum = Annotated[torch.Tensor, Spec(("parameters",), torch.float64, most=EXACT)]
 """A sum of parameter vectors, in units of :data:`fedkd.sums.UNIT`."""
-StatisticsSum = Annotated[torch.Tensor, Spec(("shared_statistics",), torch.float64)]
+StatisticsSum = Annotated[torch.Tensor, Spec(("shared_statistics",), torch.float64, most=EXACT)]
 """A sum of running statistics, in units of :data:`fedkd.sums.UNIT`."""
 Client = Annotated[torch.Tensor, Spec((), torch.int64, below="clients")]
 """Number of the client whose record it is; the server refuses another client's."""
@@ -121,18 +149,17 @@ class Record:
                     f"{type(self).__name__}.{name} of {owner} is {value.dtype} {tuple(value.shape)}, "
                     f"the contract says {spec.dtype} {shape}"
                 )
-            ends = torch.stack(value.aminmax()) if value.numel() else torch.zeros(2)  # either is NaN if any value is
-            if spec.dtype.is_floating_point and not bool(torch.isfinite(ends).all()):
-                raise PayloadError(
-                    f"{type(self).__name__}.{name} of {owner} has a value that is not finite: the client diverged; "
-                    "a smaller train.lr is the usual cure"
-                )
-            if spec.dtype == torch.int64 and value.numel():
-                least, most = spec.range(sizes)
-                if int(ends[0]) < least or int(ends[1]) > most:
-                    raise PayloadError(
-                        f"{type(self).__name__}.{name} of {owner} has a number outside {least} to {most}"
-                    )
+            if not value.numel():
+                continue
+            (least, most), (low, high) = spec.range(sizes), (end.item() for end in value.aminmax())
+            if least <= low and high <= most:  # either is NaN if any value is
+                continue
+            said = f"a number outside {least:.0f} to {most:.0f}"
+            if spec.dtype.is_floating_point:
+                fits = math.isfinite(low) and math.isfinite(high)
+                said = f"a value beyond {most:g}" if fits else "a value that is not finite"
+                said += ": the client diverged; a smaller train.lr is the usual cure"
+            raise PayloadError(f"{type(self).__name__}.{name} of {owner} has {said}")
         return self
 
 

@@ -111,8 +111,10 @@ def reply(rows: Sequence[Row], updates: ArrayRecord | None = None) -> RecordDict
     return content
 
 
-_NEEDED = {MessageType.TRAIN: ("loss_sum", "loss_weight"), MessageType.EVALUATE: ("total",)}
+_NEEDED = {MessageType.TRAIN: ("examples", "loss_sum", "loss_weight"), MessageType.EVALUATE: ("total",)}
 """What the server reads of a row, by what was asked for."""
+_LARGEST = 2.0**127
+"""The largest magnitude of a number in a row that is not whole: a sum over any clients and rounds stays finite."""
 _SERVERS = {"round", "bytes_down", "bytes_up"}
 """What the server adds to a row, so that no client may."""
 
@@ -140,10 +142,13 @@ def _check_row(row: Any, exchange: str) -> None:
     if not isinstance(row, dict) or not all(name.isidentifier() and name.isascii() for name in row):
         raise PayloadError("the rows of a reply cannot be read: one is no JSON object of numbers by name")
     whole = {"client", "examples", "total", *(name for name in row if name.endswith("_correct"))}
+    counts = {"seconds", *whole, *(name for name in row if name.endswith("_weight"))}
+    whose = f" of client {row['client']}" if type(row.get("client")) is int and 0 <= row["client"] <= MOST else ""
     for name, value in row.items():
         number = type(value) is int or (type(value) is float and name not in whole)
-        if not number or (abs(value) > MOST and type(value) is int) or (name in whole and value < 0):
-            raise PayloadError(f"the rows of a reply cannot be read: {name} = {str(value)[:40]}")
+        most = MOST if type(value) is int else _LARGEST
+        if not number or not (0 if name in counts else -most) <= value <= most:  # NaN is not between any two
+            raise PayloadError(f"the rows of a reply cannot be read: {name}{whose} = {str(value)[:40]}")
     if missing := [name for name in ("client", *_NEEDED.get(exchange, ())) if name not in row]:
         raise PayloadError(f"the rows of a reply cannot be read: no {', '.join(missing)}")
     if strange := sorted(_SERVERS & row.keys()):
@@ -207,4 +212,4 @@ def read_answer(message: Message) -> tuple[str, str]:
     description, refused = record.get("description"), record.get("refused")
     if not isinstance(description, str) or not isinstance(refused, str):
         raise PayloadError("the answer of a node cannot be read: it takes description and refused")
-    return description, refused
+    return description, " ".join(refused.split())[:500]  # a line, whatever it holds

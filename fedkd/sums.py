@@ -14,11 +14,11 @@ import torch
 
 from fedkd.config import AggregationSection, Config
 from fedkd.method import Method
-from fedkd.payload import PayloadError, Record
+from fedkd.payload import EXACT, PayloadError, Record
 
 UNIT = 2.0**-28
 """What is counted; half of it is the most by which a client's part of the sum may be off."""
-LARGEST = 2.0**53 * UNIT
+LARGEST = EXACT * UNIT
 """What no sum over a round's clients may reach."""
 _BLOCK = 1 << 17
 """Numbers that are added at once: few enough to stay in the processor's cache on the way."""

@@ -28,6 +28,7 @@ from fedkd.config import Config
 from fedkd.data import FederatedData
 from fedkd.data.devices import Federation
 from fedkd.errors import UserError
+from fedkd.known import Known
 from fedkd.method import Method, load
 from fedkd.payload import PayloadError, Record, declared_bytes, pack, unpack, wire_bytes
 from fedkd.results import Recorder, merge_rows
@@ -52,6 +53,7 @@ class FederatedStrategy(Strategy):
         setup: configuration, workspaces and sizes.
         half: the module with the method's server half.
         costs: relative cost of training each client ``[clients]``, for spreading them over nodes.
+        known: what clients hold, with which their replies are compared.
         recorder: where results go; None keeps none.
         hosts: on devices, the node that hosts each client; None: every node can train every client.
     """
@@ -64,10 +66,12 @@ class FederatedStrategy(Strategy):
         setup: Setup,
         half: ModuleType,
         costs: Sequence[float],
+        known: Known,
         recorder: Recorder | None = None,
         hosts: Sequence[int] | None = None,
     ) -> None:
         self.setup, self.half, self.recorder, self.hosts = setup, half, recorder, hosts
+        self.known = known
         self.method = load(setup.config.run.method).under(setup.config.hyper)
         self._config = json.dumps(setup.config.flat(), sort_keys=True)
         self.costs = list(costs)
@@ -129,11 +133,16 @@ class FederatedStrategy(Strategy):
         updates: dict[int, Record] = {}  # by client; a sum by the first of its clients
         self._dropped = []
 
-        def read(clients: list[int], reply: Message) -> None:
+        def read(clients: list[int], reply: Message, said: list[protocol.Row]) -> None:
             updates.update(self._sum_of(clients, reply) if self._sum else self._updates_of(clients, reply))
-            rows.extend(protocol.read_rows(reply))
+            rows.extend(said)
 
         self._collect(MessageType.TRAIN, replies, read)
+        for client, why in robust.refused(config, self._broadcast, updates).items():
+            self._drop(MessageType.TRAIN, [client], PayloadError(why))
+            del updates[client]
+            rows = [row for row in rows if row["client"] != client]
+        self._enough(len(rows), len(self._cohort))
         bytes_up = declared_bytes(self.method.Update, self.setup.sizes)
         for row in rows:
             row |= {"bytes_down": self._bytes_down[row["client"]], "bytes_up": bytes_up}
@@ -167,6 +176,7 @@ class FederatedStrategy(Strategy):
         for client, record in zip(clients, records, strict=True):
             if (said := int(getattr(record, "client", client))) != client:
                 raise PayloadError(f"the update of client {client} is for client {said}")
+            self.known.check(record, [client])
         return dict(zip(clients, records, strict=True))
 
     def _sum_of(self, clients: list[int], reply: Message) -> dict[int, Record]:
@@ -176,6 +186,7 @@ class FederatedStrategy(Strategy):
         [total] = unpack(self._sum, protocol.arrays(reply, "updates"), self.setup.sizes, [owner])
         if (said := int(total.tensors()["clients"])) != len(clients):
             raise PayloadError(f"the sum of {owner} is of {said}")
+        self.known.check(total, clients)
         return {clients[0]: total}
 
     def configure_evaluate(
@@ -193,7 +204,7 @@ class FederatedStrategy(Strategy):
         """Write the scores down; the round is done, and the run can go on after it if a checkpoint is due."""
         run, round = self.setup.config.run, self._before + server_round
         began, rows = self._began, list[protocol.Row]()
-        self._collect(MessageType.EVALUATE, replies, lambda _, reply: rows.extend(protocol.read_rows(reply)))
+        self._collect(MessageType.EVALUATE, replies, lambda _, __, said: rows.extend(said))
         if self._dropped:
             self._row["dropped"] = self._dropped
         seconds = time.perf_counter() - began
@@ -272,13 +283,18 @@ class FederatedStrategy(Strategy):
             spread.setdefault(hosts[client], []).append(client)
         return spread
 
-    def _collect(self, exchange: str, replies: Iterable[Message], read: Callable[[list[int], Message], None]) -> None:
+    def _collect(
+        self,
+        exchange: str,
+        replies: Iterable[Message],
+        read: Callable[[list[int], Message, list[protocol.Row]], None],
+    ) -> None:
         """Read the answer of every node that was asked, and leave out, or fail for, those that have none.
 
         Args:
             exchange: what was asked.
             replies: what arrived; what was not asked for, or is answered already, does not count.
-            read: takes the clients and the reply of a node; a ``PayloadError`` counts as no answer.
+            read: takes the clients, the reply and its rows of a node; a ``PayloadError`` counts as no answer.
 
         Raises:
             RoundError: a node failed or did not answer, or with ``run.on-failure = "drop"`` too many did.
@@ -294,9 +310,12 @@ class FederatedStrategy(Strategy):
                 if reply.has_error():
                     said = _said(reply.error)
                     raise RoundError(f"clients {listed(clients)} failed: {said}")
-                if [row["client"] for row in protocol.read_rows(reply, exchange)] != clients:
+                rows = protocol.read_rows(reply, exchange)
+                if [row["client"] for row in rows] != clients:
                     raise PayloadError("it is for other clients")
-                read(clients, reply)
+                for row in rows:
+                    self.known.check_row(row)
+                read(clients, reply, rows)
                 answered += len(clients)
             except PayloadError as error:
                 self._drop(exchange, clients, PayloadError(f"the reply for clients {listed(clients)}: {error}"))
@@ -304,9 +323,17 @@ class FederatedStrategy(Strategy):
                 self._drop(exchange, clients, error)
         if late := sorted(client for clients in asked.values() for client in clients):
             self._drop(exchange, late, RoundError(f"clients {listed(late)} did not answer in time"))
-        if answered < (fewest := min(self.setup.config.run.min_clients, left)):
+        self._enough(answered, left)
+
+    def _enough(self, answered: int, asked: int) -> None:
+        """Compare how many clients of an exchange count with ``run.min-clients``.
+
+        Raises:
+            RoundError: there are too few; it says why each of the others does not count.
+        """
+        if answered < (fewest := min(self.setup.config.run.min_clients, asked)):
             whys = "; ".join(each["why"] for each in self._dropped)
-            raise RoundError(f"{answered} of {left} clients answered, and run.min-clients = {fewest}: {whys}")
+            raise RoundError(f"{answered} of {asked} clients answered, and run.min-clients = {fewest}: {whys}")
 
     def _drop(self, exchange: str, clients: list[int], error: Exception) -> None:
         """Go on without some clients, or raise the error where that is not wanted."""
@@ -357,7 +384,8 @@ def build(
     sizes = data.sizes()
     costs = np.minimum(sizes, config.train.batch_size) if config.train.local_steps else sizes
     hosts = data.nodes if isinstance(data, Federation) else None
-    return FederatedStrategy(setup, half, [float(c) for c in costs], recorder, hosts)
+    known = Known(data.class_counts("train"), data.class_counts("test"), config.train)
+    return FederatedStrategy(setup, half, [float(c) for c in costs], known, recorder, hosts)
 
 
 def drops(config: Config, method: Method, state: Record) -> bool:

@@ -89,8 +89,8 @@ class Devices:
                 continue
             try:
                 described, why = protocol.read_answer(reply)
-                answers[node] = why or Description.parse(described)
-            except (PayloadError, ValueError) as error:
+                answers[node] = why or Description.parse(described, config.run.clients)
+            except PayloadError as error:
                 answers[node] = f"its answer cannot be read: {error}"
         return answers
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fedkd.methods.fedproto import Broadcast, Hyper, Prototypes, Update
-from fedkd.payload import ClassCounts, Record
+from fedkd.payload import ClassMarks, Record
 from fedkd.setup import Setup
 from strategies.base import Metrics
 
@@ -18,7 +18,7 @@ class State(Record):
     """The global prototypes, and whether (1 or 0) a class has one."""
 
     prototypes: Prototypes
-    known: ClassCounts
+    known: ClassMarks
 
 
 def init(setup: Setup) -> State:

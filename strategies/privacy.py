@@ -25,7 +25,7 @@ from fedkd.errors import UserError
 from fedkd.method import Method
 from fedkd.payload import Record
 from fedkd.setup import Setup
-from strategies.averaging import MEAN
+from strategies import robust
 
 ORDERS = (*range(2, 9), *range(10, 18, 2), *range(20, 36, 4), 40, 48, 64)
 """Renyi orders of the bound for sampled cohorts: whole ones, the others being interpolated between them anyway."""
@@ -47,7 +47,7 @@ def check(setup: Setup, method: Method, half: ModuleType) -> None:
     if not config.privacy.on:
         return
     plain = half.update in (fedavg.update, partial.update) and set(method.Update.specs()) <= {*MODEL, "examples"}
-    rule, most = config.aggregation.rule, config.aggregation.clip_norm
+    taken = robust.key_of(config.aggregation)
     refusals = [
         (not plain, f"{method.name}'s server does more than average models"),
         (
@@ -55,9 +55,8 @@ def check(setup: Setup, method: Method, half: ModuleType) -> None:
             f"it needs equal weights; set {method.name}.weighting=uniform",
         ),
         (
-            rule != MEAN.rule or most > 0,
-            "it is for the mean of models that the clients clip themselves; leave out "
-            + (f"aggregation.rule = '{rule}'" if rule != MEAN.rule else f"aggregation.clip-norm = {most}"),
+            bool(taken),
+            "it is for the mean of models that the clients clip themselves; leave out " + taken,
         ),
         (
             setup.sizes["shared_statistics"] > 0,

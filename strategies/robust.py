@@ -6,14 +6,14 @@ with them; median and trimmed mean take the place of its average (:func:`strateg
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from fedkd.clipping import MODEL, change, clipped
-from fedkd.config import Config
+from fedkd.clipping import MODEL, change, clipped, length
+from fedkd.config import AggregationSection, Config
 from fedkd.errors import UserError
 from fedkd.method import Method
 from fedkd.payload import Record
@@ -32,9 +32,8 @@ def check(config: Config, method: Method, state: Record, fewest: int) -> None:
         UserError: the method's server does not average models alone, or the rule needs more clients.
     """
     asked, rule = config.aggregation, config.aggregation.rule
-    if rule == MEAN.rule and not asked.clip_norm:
+    if not (key := key_of(asked)):
         return
-    key = f"aggregation.rule = '{rule}'" if rule != MEAN.rule else f"aggregation.clip-norm = {asked.clip_norm}"
     if why := beyond_models(method, state):
         raise UserError(f"{key} is for methods whose server averages models, and {method.name} {why}; leave it out")
     needed, what = 1, ""
@@ -50,6 +49,14 @@ def check(config: Config, method: Method, state: Record, fewest: int) -> None:
     if fewest < needed:
         whose = "run.clients-per-round" if fewest == config.run.cohort else "run.min-clients"
         raise UserError(f"{key}{what} needs {needed} clients in every round, and {whose} leaves {fewest}; raise it")
+
+
+def key_of(asked: AggregationSection) -> str:
+    """Return the setting that is for servers that average models alone, with its value; nothing without one."""
+    if asked.rule != MEAN.rule:
+        return f"aggregation.rule = '{asked.rule}'"
+    norms = {"clip-norm": asked.clip_norm, "refuse-norm": asked.refuse_norm}
+    return next((f"aggregation.{name} = {norm}" for name, norm in norms.items() if norm), "")
 
 
 def beyond_models(method: Method, state: Record) -> str:
@@ -73,6 +80,22 @@ def single(method: Method, state: Record) -> list[str]:
     """Return the fields in which the server keeps, or sends on, a part for each client of the round."""
     kinds = [type(state), method.Broadcast, method.Update, method.Personal, method.Scoring]
     return [name for kind in kinds if kind for name, spec in kind.specs().items() if "cohort" in spec.shape]
+
+
+def refused(config: Config, broadcast: Record, updates: Mapping[int, Record]) -> dict[int, str]:
+    """Return why updates are refused for their length (``aggregation.refuse-norm``), by client; nothing without it.
+
+    Args:
+        broadcast: what the clients started from.
+        updates: of the clients that answered.
+    """
+    most = config.aggregation.refuse_norm
+    norms = {client: length(update, broadcast) for client, update in updates.items()} if most else {}
+    return {
+        client: f"the update of client {client} changes the model by {norm:.6g}, and aggregation.refuse-norm = {most:g}"
+        for client, norm in norms.items()
+        if norm > most
+    }
 
 
 def screened(config: Config, broadcast: Record, updates: dict[int, Record]) -> dict[int, Record]:

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as arrays_of
 from fedkd import protocol
 from fedkd.method import load, names
 from fedkd.payload import (
+    LARGEST,
     MOST,
     ClassCounts,
     Count,
@@ -44,7 +45,7 @@ class Sample(Record):
     table: Annotated[torch.Tensor, Spec(("classes", 3), torch.float64)]
 
 
-FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
+FLOATS = st.floats(-LARGEST, LARGEST, width=32)
 INTEGERS = st.integers(0, MOST)
 QUICK = settings(max_examples=25, deadline=None)
 

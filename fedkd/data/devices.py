@@ -16,10 +16,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,7 +45,9 @@ from fedkd.data.images import (
     writing_cache,
 )
 from fedkd.errors import UserError
+from fedkd.payload import MOST, PayloadError
 from fedkd.places import cache_root, results_root
+from fedkd.protocol import read_json
 
 PUBLIC = "public"
 """Folder, beside those of the clients, of the images that ``data.public-fraction`` sets aside for the server."""
@@ -53,6 +56,9 @@ _SPLITS = ("train", "test")
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _READER_VERSION = 1
 
+
+MOST_CLASSES, MOST_LETTERS, MOST_PIXELS = 100_000, 1000, 2**28
+"""How many classes a node may describe, how long their names may be, and how many numbers an image may have."""
 
 NodeKeys = tuple[tuple[str, Any], ...]
 """The keys and values of a node's configuration, sorted."""
@@ -216,27 +222,53 @@ class Description:
         return json.dumps(vars(self))
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read what :meth:`json` wrote.
+    def parse(cls, text: str, clients: int) -> Self:
+        """Read what :meth:`json` wrote; nothing in it may hold any other node up.
+
+        Args:
+            text: what a node sent.
+            clients: of the run, so that no node speaks for one that there is not.
 
         Raises:
-            ValueError: it is something else.
+            PayloadError: it is something else, or a number or a name is beyond what a device can have.
         """
-        try:
-            read = json.loads(text)
-            classes, shape = tuple(map(str, read["classes"])), tuple(int(n) for n in read["shape"])
-            tables = [{int(c): [int(n) for n in row] for c, row in read[split].items()} for split in _SPLITS]
-            hashes = {int(client): str(value) for client, value in read["fingerprints"].items()}
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-        counted = [row for table in tables for row in table.values()]
-        if len(shape) != 3 or min(shape) < 1 or any(len(row) != len(classes) or min(row) < 0 for row in counted):
-            raise ValueError("its numbers do not fit together")
-        if not hashes or any(set(table) != set(hashes) for table in tables):
-            raise ValueError("its clients do not fit together")
-        if empty := [client for client, row in tables[0].items() if not sum(row)]:
-            raise ValueError(f"client {empty[0]} has no training examples")
-        return cls(classes, shape, tables[0], tables[1], hashes)
+        read = read_json(text, "the description")
+        if not isinstance(read, dict) or set(read) != {field.name for field in fields(cls)}:
+            raise PayloadError(f"the description takes {', '.join(field.name for field in fields(cls))}")
+        classes, shape, hashes = read["classes"], read["shape"], read["fingerprints"]
+        if not isinstance(classes, list) or not 1 <= len(classes) <= MOST_CLASSES:
+            raise PayloadError(f"its classes are no list of 1 to {MOST_CLASSES} names")
+        if strange := [name for name in classes if type(name) is not str or len(name) > MOST_LETTERS]:
+            raise PayloadError(f"a class is named {str(strange[0])[:40]!r}, which is no text of {MOST_LETTERS} letters")
+        if not _numbers(shape, 3, MOST_PIXELS) or not 1 <= math.prod(shape) <= MOST_PIXELS:
+            raise PayloadError(f"its images are {str(shape)[:80]}, which is no channels, height and width")
+        if not isinstance(hashes, dict) or not hashes:
+            raise PayloadError("it has no fingerprints of clients")
+        hosted = {str(client): client for client in range(clients)}
+        for client, value in hashes.items():
+            if client not in hosted:
+                raise PayloadError(f"it describes client {client[:40]}, and the run has clients 0 to {clients - 1}")
+            if type(value) is not str or not re.fullmatch("[0-9a-f]{16}", value):
+                raise PayloadError(f"the fingerprint of client {client} is none")
+        for split in _SPLITS:
+            table = read[split]
+            if not isinstance(table, dict) or set(table) != set(hashes):
+                raise PayloadError(f"its {split} examples are not of the clients that it has fingerprints of")
+            for client, row in table.items():
+                if not _numbers(row, len(classes), MOST) or sum(row) > MOST:
+                    raise PayloadError(
+                        f"client {client} has {str(row)[:80]} {split} examples of the {len(classes)} classes; a number "
+                        f"for each, from 0, and no more than {MOST} together are possible"
+                    )
+                if split == "train" and not sum(row):
+                    raise PayloadError(f"client {client} has no training examples")
+        train, test = ({hosted[client]: row for client, row in read[split].items()} for split in _SPLITS)
+        return cls(tuple(classes), tuple(shape), train, test, {hosted[c]: value for c, value in hashes.items()})
+
+
+def _numbers(values: Any, count: int, most: int) -> bool:
+    """Return whether something that was read is a list of so many whole numbers from 0 to the largest."""
+    return isinstance(values, list) and len(values) == count and all(type(n) is int and 0 <= n <= most for n in values)
 
 
 @dataclass(frozen=True)
@@ -270,6 +302,10 @@ class Federation:
         """Number of training examples of each client."""
         sizes: Integers = self.train.sum(axis=1)
         return sizes
+
+    def class_counts(self, split: str = "train") -> Integers:
+        """Return ``[clients, classes]``: how many examples of a class a client holds in ``train`` or ``test``."""
+        return self.train if split == "train" else self.test
 
     def csv(self) -> str:
         """Return who holds what as CSV."""

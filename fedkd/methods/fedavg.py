@@ -13,6 +13,7 @@ from fedkd.payload import (
     Examples,
     ParameterSum,
     ParameterVector,
+    Positive,
     Record,
     SharedStatistics,
     Statistics,
@@ -52,7 +53,7 @@ class Sum(Record):
     parameters: ParameterSum
     statistics: StatisticsSum
     examples: Examples
-    clients: Examples
+    clients: Positive
 
 
 @dataclass(frozen=True)

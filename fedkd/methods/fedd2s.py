@@ -35,7 +35,7 @@ from fedkd.errors import UserError
 from fedkd.method import Method, Paper
 from fedkd.methods import local
 from fedkd.models import FlatModel, Shape, StagedModel
-from fedkd.payload import ClassCounts, Record, Spec
+from fedkd.payload import ClassCounts, HeldCounts, Record, Spec
 from fedkd.rng import Streams
 
 Knowledge = Annotated[torch.Tensor, Spec(("classes", "classes"), torch.float32)]
@@ -134,7 +134,7 @@ class Update(Record):
     soft_labels: SoftLabels
     representations: Representations
     labels: Labels
-    label_counts: ClassCounts
+    label_counts: HeldCounts
 
 
 @dataclass(frozen=True)

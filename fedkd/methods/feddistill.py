@@ -23,7 +23,7 @@ from pydantic import Field
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.methods import fedavg, local
-from fedkd.payload import ClassCounts, Examples, Record, Spec
+from fedkd.payload import ClassCounts, ClassMarks, Examples, Record, Spec
 
 ClassOutputs = Annotated[torch.Tensor, Spec(("classes", "classes"), torch.float32)]
 """One output vector for each class: row y belongs to the examples of class y."""
@@ -60,7 +60,7 @@ class Update(Record):
     """A client's mean output for each class, and whether (1 or 0) it contributes one."""
 
     outputs: ClassOutputs
-    held: ClassCounts
+    held: ClassMarks
     examples: Examples
 
 
@@ -85,7 +85,7 @@ class SharedUpdate(fedavg.Update):
     """FedDistill+: the trained model beside the client's outputs."""
 
     outputs: ClassOutputs
-    held: ClassCounts
+    held: ClassMarks
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pydantic import Field
 from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.models import FlatModel
-from fedkd.payload import Client, Examples, ParameterVector, Record, SharedStatistics, Spec, Statistics
+from fedkd.payload import Client, ParameterVector, Record, SharedStatistics, Spec, Statistics
 
 Sources = Annotated[torch.Tensor, Spec(("downloads",), torch.int64, least=-1, below="clients")]
 """Whose models a client gets, one per place; -1 for a place without one."""
@@ -90,7 +90,7 @@ class Update(Record):
     client: Client
     parameters: ParameterVector
     statistics: SharedStatistics
-    examples: Examples
+    examples: Annotated[torch.Tensor, Spec((), torch.int64, least=1, counted="some")]
     sources: Sources
     weights: Annotated[torch.Tensor, Spec(("downloads",), torch.float32)]
 

@@ -30,7 +30,7 @@ from fedkd.config import Config, HyperParameters, ModelSection, TrainSection
 from fedkd.method import Method, Paper, load
 from fedkd.methods import fedprox
 from fedkd.models import FlatModel, Shape, StagedModel
-from fedkd.payload import ClassCounts, ParameterVector, Spec
+from fedkd.payload import HeldCounts, ParameterVector, Spec
 from fedkd.rng import Streams
 
 GeneratorVector = Annotated[torch.Tensor, Spec(("generator",), torch.float32)]
@@ -162,7 +162,7 @@ def records(hyper: Hyper) -> dict[str, Any]:
 def _types(base: str, both: bool) -> dict[str, Any]:
     """Return the records by base method, with the model before fine-tuning in the broadcast; one type for each case."""
     method = load(base)
-    sent, received = method.Broadcast, [("class_counts", ClassCounts)]
+    sent, received = method.Broadcast, [("class_counts", HeldCounts)]
     if both:
         sent = dataclasses.make_dataclass("Broadcast", [("aggregated", ParameterVector)], bases=(sent,), frozen=True)
         sent.__doc__ = f"What {base} sends, and the model before fine-tuning."

@@ -28,7 +28,7 @@ from fedkd.config import HyperParameters
 from fedkd.latent import build_generator
 from fedkd.method import Method, Paper
 from fedkd.models import FlatModel, StagedModel
-from fedkd.payload import ClassCounts, ClassProbabilities, Spec
+from fedkd.payload import ClassProbabilities, DrawnCounts, Spec
 from fedkd.rng import Streams
 
 GeneratorVector = Annotated[torch.Tensor, Spec(("generator",), torch.float32)]
@@ -120,7 +120,7 @@ class Broadcast(partial.Broadcast):
 class Update(partial.Update):
     """A locally trained model or predictor, the examples behind it, and the labels drawn in its local steps."""
 
-    label_counts: ClassCounts
+    label_counts: DrawnCounts
 
 
 def extras(

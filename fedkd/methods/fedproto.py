@@ -25,7 +25,7 @@ from fedkd.config import HyperParameters
 from fedkd.method import Method, Paper
 from fedkd.methods import local
 from fedkd.models import FlatModel
-from fedkd.payload import ClassCounts, Examples, Record, Spec
+from fedkd.payload import ClassMarks, Examples, Record, SomeCounts, Spec
 
 Prototypes = Annotated[torch.Tensor, Spec(("classes", "features"), torch.float32)]
 """One vector of features for each class; zero where there is none."""
@@ -62,7 +62,7 @@ class Broadcast(Record):
     """The global prototypes, and whether (1 or 0) a class has one."""
 
     prototypes: Prototypes
-    known: ClassCounts
+    known: ClassMarks
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Update(Record):
     """A client's prototypes, and the number of examples behind each (authors variant: 1 or 0)."""
 
     prototypes: Prototypes
-    counts: ClassCounts
+    counts: SomeCounts
     examples: Examples
 
 
