@@ -1,7 +1,8 @@
 """What the server knows of its clients' data before the first round, and what their replies may therefore say of it.
 
-In simulation the server divides the data itself; devices describe theirs once, before the first
-round (:class:`fedkd.data.devices.Description`).  So a number of examples is never news: one that differs is a fault, or is meant to gain a weight that nobody has.
+In simulation the server divides the data itself; devices describe theirs once, before the first round
+(:class:`fedkd.data.devices.Description`).  So a number of examples is never news: one that differs is a fault, or is
+meant to gain a weight that nobody has.
 """
 
 from __future__ import annotations

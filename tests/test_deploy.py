@@ -29,6 +29,7 @@ from fedkd.config import Scalar
 from fedkd.data import FederatedData, federate
 from fedkd.data.devices import Description, Place, hosted, parse_clients, write_split
 from fedkd.errors import UserError
+from fedkd.payload import PayloadError
 from fedkd.results import Run
 from sims import inline
 from sims.deploy import Deployment, check
@@ -410,15 +411,15 @@ def test_methods_with_public_data_say_what_they_need(shards: Path, tmp_path: Pat
 )
 def test_a_description_that_makes_no_sense(text: str) -> None:
     """Whatever a node answers, the server says that it cannot be read."""
-    with pytest.raises(ValueError):  # noqa: PT011
-        Description.parse(text)
+    with pytest.raises(PayloadError):
+        Description.parse(text, 2)
 
 
 def test_a_description_survives_the_way(shards: Path) -> None:
     """And holds no image and no label of one."""
     data = read(shards, "0,1")
     described = Description.of(data, (0, 1))
-    assert Description.parse(described.json()) == described
+    assert Description.parse(described.json(), 2) == described
     assert len(described.json()) < 600
     assert not judge({5: described})
 
@@ -463,11 +464,24 @@ def _of_others(order: protocol.Order, reply: Message) -> Message:
     return reply
 
 
+def _too_heavy(order: protocol.Order, reply: Message) -> Message:
+    if order.round == 2 and 3 in order.clients:
+        arrays = reply.content.array_records["updates"]
+        arrays["examples"] = type(arrays["examples"])(np.array(arrays["examples"].numpy()) + 1)
+    return reply
+
+
 ALL_CLIENTS: dict[str, Scalar] = {"run.clients-per-round": 0}
 
 
 @pytest.mark.parametrize(
-    ("breaks", "said"), [(_raises, "out of battery"), (_not_finite, "not finite"), (_of_others, "for other clients")]
+    ("breaks", "said"),
+    [
+        (_raises, "out of battery"),
+        (_not_finite, "not finite"),
+        (_of_others, "for other clients"),
+        (_too_heavy, "and from its data it is"),
+    ],
 )
 def test_a_client_that_fails_is_dropped_on_devices(
     breaks: Callable[..., Message], said: str, shards: Path, tmp_path: Path

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -30,11 +31,12 @@ from fedkd.config import Config, Scalar, defaults, parse_assignment, read_toml
 from fedkd.data import federate
 from fedkd.data.devices import Description, Place, parse_clients
 from fedkd.errors import UserError
-from fedkd.payload import MOST, PayloadError, Record, pack, unpack
+from fedkd.payload import LARGEST, MOST, PayloadError, Record, pack, unpack
 from fedkd.results import run_folder
 from fedkd.setup import Setup
 from strategies import build
 from strategies.base import FederatedStrategy, RoundError
+from strategies.devices import Devices, RefusalError
 
 FEW = settings(
     max_examples=6,
@@ -376,6 +378,16 @@ def test_a_mutated_reply_leaves_no_trace(
         assert [dropped["clients"] for dropped in strategy._dropped] == [strategy_clients(bad)]
         left = state_hash(strategy.state)
         assert left == silent(method, json.dumps(variant))
+    elif change == "arrays":  # other numbers than the honest ones, and as legal
+        sizes, owners = strategy.setup.sizes, ["client"] * len(strategy_clients(bad))
+        arrived = crossed(content).array_records["updates"]
+        updates = unpack(strategy.method.Update, arrived, sizes, owners)
+        for client, update in zip(strategy_clients(bad), updates, strict=True):
+            strategy.known.check(update, [client])
+        assert within(strategy.state.check(sizes, "the server"))
+    else:  # what rows say moves no model
+        assert state_hash(strategy.state) == untouched(method, json.dumps(variant))
+        assert strategy._row["clients"] == [0, 1, 2, 3]
 
 
 @cache
@@ -401,6 +413,24 @@ def silent(method: str, variant: str) -> str:
     return state_hash(strategy.state)
 
 
+@cache
+def untouched(method: str, variant: str) -> str:
+    """Return the hash of the state after a round in which both nodes said the truth."""
+    strategy, _ = reset(method, variant)
+    after(strategy, list(honest(method, variant)))
+    assert not strategy._dropped
+    return state_hash(strategy.state)
+
+
+def within(record: Record) -> bool:
+    """Say whether every number of a record is finite and no larger than those that may be sent."""
+    return all(
+        bool((value.double().abs() <= LARGEST).all())
+        for value in record.tensors().values()
+        if value.is_floating_point()
+    )
+
+
 def strategy_clients(content: RecordDict) -> list[int]:
     """Return whom a reply is for."""
     return [row["client"] for row in json.loads(str(content.config_records["reply"]["rows"]))]
@@ -420,6 +450,11 @@ def strategy_clients(content: RecordDict) -> list[int]:
         {"loss_sum": [1]},
         {"a-b": 1},
         {"total": 3, "global_correct": 4},
+        {"loss_sum": math.nan},
+        {"loss_sum": math.inf},
+        {"loss_weight": -1.0},
+        {"seconds": -0.5},
+        {"extra": -1e300},
     ],
     ids=lambda change: str(change)[:30],
 )
@@ -427,8 +462,10 @@ def test_rows_that_say_what_cannot_be(change: dict[str, Any]) -> None:
     """What is not a number, impossible, or the server's to say is refused before it is written down."""
     row = {"client": 1, "examples": 3, "loss_sum": 0.5, "loss_weight": 3.0}
     assert protocol.read_rows(holding(protocol.reply([row])), MessageType.TRAIN) == [row]
-    with pytest.raises(PayloadError, match="the rows of a reply cannot be read"):
+    with pytest.raises(PayloadError, match="the rows of a reply cannot be read") as error:
         protocol.read_rows(holding(protocol.reply([row | change])), MessageType.TRAIN)
+    if "loss_sum" in change:
+        assert "loss_sum of client 1 = " in str(error.value)
     with pytest.raises(PayloadError, match="no total"):
         protocol.read_rows(holding(protocol.reply([row])), MessageType.EVALUATE)
 
@@ -439,8 +476,88 @@ def test_any_answer_of_a_node_is_read_or_refused(text: str) -> None:
     """The description of a device's data comes before anything is known about it."""
     text = DEEP if text == "deep" else text
     assert protocol.read_answer(holding(protocol.answer(text))) == (text, "")
-    with contextlib.suppress(ValueError):
-        Description.parse(text)
+    refusal(lambda: Description.parse(text, 4))
+
+
+def described(*names: str) -> dict[str, Any]:
+    """Return what a node that hosts some clients says of its data."""
+    of_each = {"train": [3, 0], "test": [0, 0], "fingerprints": "0123456789abcdef"}
+    return {"classes": ["a", "b"], "shape": [1, 8, 8]} | {key: dict.fromkeys(names, of_each[key]) for key in of_each}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (described("-1"), "it describes client -1, and the run has clients 0 to 3"),
+        (described("4"), "it describes client 4, and"),
+        (described("02"), "it describes client 02, and"),
+        (described("٢"), "it describes client ٢, and"),
+        (described("9" * 5000), "it describes client 9999"),
+        ({"train": {"3": [10**30, 0]}}, "client 3 has [1000000000"),
+        ({"train": {"3": [MOST, 1]}}, f"and no more than {MOST} together are possible"),
+        ({"train": {"3": [2.5, 1]}}, "client 3 has [2.5, 1] train examples of the 2 classes"),
+        ({"train": {"3": [True, 1]}}, "client 3 has [True, 1] train examples"),
+        ({"train": {"3": [3]}}, "client 3 has [3] train examples"),
+        ({"train": {"3": [0, 0]}}, "client 3 has no training examples"),
+        ({"test": {"3": [-1, 0]}}, "client 3 has [-1, 0] test examples"),
+        ({"test": {}}, "its test examples are not of the clients that it has fingerprints of"),
+        ({"test": {"3": [1, 1], "2": [1, 1]}}, "its test examples are not of the clients"),
+        ({"fingerprints": {}}, "it has no fingerprints"),
+        ({"fingerprints": {"3": "x" * 10**6}}, "the fingerprint of client 3 is none"),
+        ({"classes": []}, "its classes are no list of 1 to 100000 names"),
+        ({"classes": ["a"] * 100_001}, "its classes are no list"),
+        ({"classes": ["a", "b" * 1001]}, "a class is named 'bbbb"),
+        ({"classes": ["a", 1]}, "a class is named '1'"),
+        ({"shape": [1, 8]}, "its images are [1, 8], which is no channels, height and width"),
+        ({"shape": [1, 0, 8]}, "its images are [1, 0, 8]"),
+        ({"shape": [2**10] * 3}, "its images are [1024, 1024, 1024]"),
+        ({"shape": [10**30, 1, 1]}, "its images are [1000"),
+        ({"more": 1}, "the description takes classes, shape, train, test, fingerprints"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_description_beyond_what_there_can_be_concerns_its_node_alone(
+    change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others' clients stay theirs, and the line is short, whatever it is about."""
+    monkeypatch.setattr("strategies.devices.WAIT_SECONDS", 0.0)
+    config = tiny(**{**SMALL, "data.partition": "devices"})
+    answers = {5: described("0", "1"), 7: described("2", "3"), 9: described("3") | change}
+    assert Devices(Described(answers), ["fedavg"]).federation(config).nodes == (5, 5, 7, 7)
+    with pytest.raises(RefusalError) as error:
+        Devices(Described(answers | {7: described("2")}), ["fedavg"]).federation(config)
+    line = str(error.value)
+    assert line.startswith("no node hosts client 3; node 9 is refused: its answer cannot be read: ")
+    assert said in line
+    assert len(line) < 300
+    assert "\n" not in line
+
+
+class Described:
+    """A grid whose nodes say this of their data."""
+
+    def __init__(self, answers: dict[int, dict[str, Any]]) -> None:
+        self._answers = answers
+
+    def get_node_ids(self) -> Iterator[int]:
+        """Return the nodes."""
+        return iter(self._answers)
+
+    def send_and_receive(self, messages: list[Message], *, timeout: float) -> list[Message]:
+        """Answer."""
+        del timeout
+        replies = []
+        for number, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = str(number)
+            said = json.dumps(self._answers[message.metadata.dst_node_id])
+            replies.append(Message(protocol.answer(said), reply_to=message))
+        return replies
+
+
+def test_why_a_node_does_not_take_part_is_one_line() -> None:
+    """It stands in a log and in a file that others read."""
+    _, refused = protocol.read_answer(holding(protocol.answer(refused="a\n  b\r" + "c" * 10_000)))
+    assert refused == ("a b " + "c" * 10_000)[:500]
 
 
 # ---- the client ------------------------------------------------------------------------------------------------------
