@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ KEYS: dict[str, Scalar] = {"run.clients": 4, "run.clients-per-round": 0, "run.on
 """Four clients on two nodes, of which the second misbehaves in round 2."""
 METHODS = ("fedavg", "fedgen", "scaffold", "apfl")
 BAD_NODE, BAD_ROUND = 3, 2
+FLOAT_MAX = np.finfo(np.float32).max
 
 Break = Callable[[RecordDict], None]
 
@@ -155,6 +157,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "rows in another order": (rows(lambda r: r[::-1]), "it is for other clients"),
     "rows of nothing": (rows(lambda r: [{}] * len(r)), "the rows of a reply cannot be read"),
     "a loss that is text": (rows(lambda r: r[0].update(loss_sum="0")), "the rows of a reply cannot be read"),
+    "the largest float": (array(lambda v: np.full_like(v, FLOAT_MAX)), "has a value beyond 1.09951e+12"),
+    "one value too large": (array(one(-(2.0**41))), "of client {last} has a value beyond 1.09951e+12"),
+    "an example more": (array(lambda v: v + 1, "examples"), "examples, and from its data it is"),
+    "an example more in a row": (rows(lambda r: r[-1].update(examples=10**6)), "client {last} says examples = 1000000"),
+    "a loss that is NaN": (rows(lambda r: r[-1].update(loss_sum=np.nan)), "loss_sum of client {last} = nan"),
     "another round": (rows(lambda r: r[0].update(round=7)), "round is the server's to say"),
 }
 
@@ -219,6 +226,53 @@ def test_numbers_of_examples_that_cannot_be(number: int, tmp_path: Path) -> None
     assert "examples of client" in run.rows("rounds")[1]["dropped"][0]["why"]
 
 
+def _rolled(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the counts of other classes."""
+    return np.roll(values, 1, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "change"),
+    [
+        ("fedgen", "label_counts", _rolled),
+        ("fedgen", "label_counts", lambda v: v * 2),
+        ("fedgen", "label_counts", lambda v: v * 0),
+        ("fedftg", "class_counts", _rolled),
+        ("fedftg", "class_counts", lambda v: v * 10**6),
+        ("fedd2s", "label_counts", _rolled),
+        ("fedproto", "counts", lambda v: v * 0 + 10**6),
+        ("fedproto", "counts", _rolled),
+        ("feddistill", "held", lambda v: v * 0 + 2),
+        ("fedper", "examples", lambda v: v * 0),
+    ],
+)
+def test_counts_that_are_not_those_of_the_data(method: str, field: str, change: Any, tmp_path: Path) -> None:
+    """They say which classes are asked for, and whom a class is learnt from: no client may make them up."""
+    silent = run_with(tmp_path / "silent", method, fails)
+    run = run_with(tmp_path / "run", method, array(change, field))
+    assert states(run) == states(silent)
+    (dropped,) = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
+    assert f"Update.{field} of client " in dropped["why"]
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("parameters", lambda v: v * 0 + 1e300, "has a value beyond 9.0072e+15"),
+        ("parameters", lambda v: v * np.inf, "has a value that is not finite"),
+        ("examples", lambda v: v + 1, "examples, and from its data it is"),
+        ("clients", lambda v: v + 1, "is of 3"),
+    ],
+)
+def test_sums_that_cannot_be(field: str, change: Any, said: str, tmp_path: Path) -> None:
+    """Of the clients of a node together, where that is what nodes send."""
+    sums: dict[str, Scalar] = {"run.exchange": "sums"}
+    with np.errstate(invalid="ignore"):
+        run = run_with(tmp_path / "run", breaks=array(change, field), **sums)
+    assert states(run) == states(run_with(tmp_path / "silent", breaks=fails, **sums))
+    assert said in run.rows("rounds")[1]["dropped"][0]["why"]
+
+
 @pytest.mark.parametrize("method", ["pgfed", "fedfomo"])
 def test_an_update_in_another_clients_name(method: str, tmp_path: Path) -> None:
     """Methods that keep a row per client need everybody, so the run ends; it names who said so."""
@@ -228,7 +282,15 @@ def test_an_update_in_another_clients_name(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [{"total": -1}, {"personal_correct": 10**6}, {"global_correct": 10**6}, {"total": "3"}, {"client": 9}],
+    [
+        {"total": -1},
+        {"total": 0, "personal_correct": 0, "global_correct": 0},
+        {"total": 10**6},
+        {"personal_correct": 10**6},
+        {"global_correct": 10**6},
+        {"total": "3"},
+        {"client": 9},
+    ],
     ids=str,
 )
 def test_a_broken_score_is_left_out(fault: dict[str, Any], tmp_path: Path) -> None:
@@ -240,6 +302,15 @@ def test_a_broken_score_is_left_out(fault: dict[str, Any], tmp_path: Path) -> No
     assert dropped["exchange"] == "evaluate"
     kept = [row for row in straight.rows("evaluations") if row["round"] != 2 or row["client"] not in dropped["clients"]]
     assert run.rows("evaluations") == kept
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_score_without_a_loss_is_a_score(loss: float, tmp_path: Path) -> None:
+    """A model that others have ruined has none, and whoever says so is honest."""
+    breaks = rows(lambda r: r[-1].update(global_loss_sum=loss))
+    run = run_with(tmp_path, "fedavg", breaks, MessageType.EVALUATE)
+    assert not any("dropped" in row for row in run.rows("rounds"))
+    assert len(run.rows("evaluations")) == 12
 
 
 # ---- answers that nobody asked for -----------------------------------------------------------------------------------
@@ -326,13 +397,47 @@ def test_a_huge_but_finite_update_is_averaged(tmp_path: Path) -> None:
     assert states(run)[1] != states(run_with(tmp_path / "silent", breaks=fails))[1]
 
 
-def test_the_largest_number_makes_all_diverge(tmp_path: Path) -> None:
-    """From such an average nobody trains: the next round has no answer that is finite, says whose, and is not kept."""
-    breaks = array(lambda v: np.full_like(v, np.finfo(np.float32).max))
-    with pytest.raises(RoundError, match=r"0 of 4 clients answered.*client 0.*not finite.*"):
-        run_with(tmp_path, breaks=breaks)
+CONVOLUTIONS: dict[str, Scalar] = {"model.name": "fedgen_cnn", "model.norm-statistics": "averaged"}
+"""A model that large numbers take out of what a float can hold."""
+
+
+def test_a_finite_update_may_still_end_a_run_and_the_others_are_not_blamed(tmp_path: Path) -> None:
+    """From such an average nobody trains: what is said names who failed, and that it is likely not their fault."""
+    breaks = array(lambda v: np.full_like(v, 1e6))
+    with pytest.raises(RoundError, match=r"0 of 4 clients .* not finite.* as large as \d\.\de\+05, so an update of"):
+        run_with(tmp_path, breaks=breaks, **CONVOLUTIONS)
     assert len(Run.open(tmp_path).rows("rounds")) == BAD_ROUND
     assert not (tmp_path / "final.safetensors").exists()
+
+
+def test_a_client_that_cannot_train_is_to_blame_itself(tmp_path: Path) -> None:
+    """Where the server's numbers are those of a model, nothing else is said."""
+    with pytest.raises(RoundError, match=r"run\.min-clients = 3") as error:
+        run_with(tmp_path, breaks=array(one(np.nan)), **{"run.min-clients": 3})
+    assert "to blame" not in str(error.value)
+
+
+def test_an_update_that_moves_too_far_is_refused(tmp_path: Path) -> None:
+    """With a bound on it the run goes on, and of the node's two clients only the one that exceeds it is left out."""
+    norm: dict[str, Scalar] = {"aggregation.refuse-norm": 100.0, **CONVOLUTIONS}
+    run = run_with(tmp_path / "run", breaks=array(one(1e6)), **norm)
+    first, second, third = run.rows("rounds")
+    (dropped,) = second["dropped"]
+    (client,) = dropped["clients"]
+    assert dropped["exchange"] == "train"
+    said = f"the update of client {client} changes the model by 1e+06, and aggregation.refuse-norm = 100"
+    assert dropped["why"] == said
+    assert second["clients"] == [other for other in range(4) if other != client]
+    assert [row["client"] for row in run.rows("clients") if row["round"] == 2] == second["clients"]
+    assert "dropped" not in first
+    assert "dropped" not in third
+    straight = run_with(tmp_path / "straight", **norm)
+    assert states(straight)[0] == states(run)[0]
+    assert straight.digest() == run_with(tmp_path / "off", **{**norm, "aggregation.refuse-norm": 0.0}).digest()
+    with pytest.raises(RoundError, match=r"3 of 4 clients answered, and run\.min-clients = 4: the update of client \d"):
+        run_with(tmp_path / "few", breaks=array(one(1e6)), **norm, **{"run.min-clients": 4})
+    with pytest.raises(PayloadError, match=re.escape(said)):
+        run_with(tmp_path / "fail", breaks=array(one(1e6)), **{**norm, "run.on-failure": "fail"})
 
 
 def test_too_few_are_left(tmp_path: Path) -> None:

@@ -203,7 +203,11 @@ def takes(method: str, **keys: Scalar) -> bool:
     return not refusal(method, **keys)
 
 
-@pytest.mark.parametrize("key", [{"aggregation.rule": "median"}, {"aggregation.clip-norm": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "key",
+    [{"aggregation.rule": "median"}, {"aggregation.clip-norm": 1.0}, {"aggregation.refuse-norm": 1.0}],
+    ids=str,
+)
 def test_methods_that_do_not_average_models_alone_refuse(key: dict[str, Scalar]) -> None:
     """The types say so; the list here is what they ought to say."""
     refusing = {"fedd2s", "feddistill", "fedensemble", "fedfomo", "fedproto", "local", "pgfed", "scaffold"}
@@ -230,6 +234,7 @@ def test_methods_that_do_not_average_models_alone_refuse(key: dict[str, Scalar])
         ({"rule": "mode"}, "aggregation.rule = 'mode'"),
         ({"byzantine": -1}, "aggregation.byzantine = -1"),
         ({"clip-norm": -0.5}, "aggregation.clip-norm = -0.5"),
+        ({"refuse-norm": -0.5}, "aggregation.refuse-norm = -0.5"),
     ],
     ids=str,
 )
@@ -258,6 +263,9 @@ def test_settings_that_a_rule_does_not_read_are_named() -> None:
         ["privacy.delta", "privacy.noise-multiplier = 0.0"],
     ]
     assert ignored(tiny(**{"aggregation.rule": "multi-krum"}), ["aggregation.byzantine", "fedavg.weighting"]) == []
+    for refused, read in ((0.0, True), (3.0, True), (2.0, False), (1.0, False)):
+        config = tiny(**{"aggregation.clip-norm": 2.0, "aggregation.refuse-norm": refused})
+        assert (ignored(config, ["aggregation.clip-norm"]) == []) == read
 
 
 # Whole runs.
@@ -273,6 +281,7 @@ def states(run: Run) -> list[str]:
     "keys",
     [
         {"aggregation.clip-norm": 1e6},
+        {"aggregation.refuse-norm": 1e6},
         {"aggregation.rule": "multi-krum", "aggregation.byzantine": 0},
     ],
     ids=str,
@@ -475,6 +484,7 @@ def test_what_a_client_weighs_does_not_matter() -> None:
         ("local", {}, "local's server does more than average models"),
         ("fedavg", {"aggregation.rule": "median"}, "leave out aggregation.rule = 'median'"),
         ("fedavg", {"aggregation.clip-norm": 1.0}, "leave out aggregation.clip-norm = 1.0"),
+        ("fedavg", {"aggregation.refuse-norm": 1.0}, "leave out aggregation.refuse-norm = 1.0"),
         ("fedavg", {"model.name": "fedgen_cnn", "model.norm-statistics": "averaged"}, "averaged BatchNorm statistics"),
         ("fedavg", {"data.scaling": "standard"}, "data.scaling = 'standard' is computed from all clients' images"),
         ("fedavg", {"run.on-failure": "drop"}, "privacy needs an update from every client of a round"),
