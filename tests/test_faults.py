@@ -404,7 +404,7 @@ CONVOLUTIONS: dict[str, Scalar] = {"model.name": "fedgen_cnn", "model.norm-stati
 def test_a_finite_update_may_still_end_a_run_and_the_others_are_not_blamed(tmp_path: Path) -> None:
     """From such an average nobody trains: what is said names who failed, and that it is likely not their fault."""
     breaks = array(lambda v: np.full_like(v, 1e6))
-    with pytest.raises(RoundError, match=r"0 of 4 clients .* the client diverged.* as large as \d\.\de\+05, so an update of"):
+    with pytest.raises(RoundError, match=r"0 of 4 clients .* diverged.* as large as \d\.\de\+05, so an update of"):
         run_with(tmp_path, breaks=breaks, **CONVOLUTIONS)
     assert len(Run.open(tmp_path).rows("rounds")) == BAD_ROUND
     assert not (tmp_path / "final.safetensors").exists()
