@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,9 @@ from fedkd.payload import PayloadError
 from strategies.base import listed
 
 WAIT_SECONDS, LOOK_SECONDS = 60.0, 0.5
-"""How long to wait for nodes while clients are missing, and how often to look."""
+"""How long to wait for nodes and their answers while clients are missing, and how often to look."""
+TELL_SECONDS = 20.0
+"""How long a run that cannot start waits until the nodes to blame have heard of it; they look every few seconds."""
 
 _log = logging.getLogger("flwr")
 
@@ -55,34 +57,55 @@ class Devices:
         return self._known[key]
 
     def _ask(self, config: Config) -> Federation:
+        """Ask nodes as they appear, until every client is hosted by one that answered and fits, or time is up.
+
+        Nobody waits for the others: a node that is refused, or hangs, may be one that is not needed.
+        """
+        flat = json.dumps(config.flat(), sort_keys=True)
+        question = protocol.Question(flat, __version__, tuple(self.methods))
         asked: set[int] = set()
+        open_questions: dict[str, int] = {}
         found: dict[int, Description] = {}
         refused: dict[int, str] = {}
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
-            if new := sorted(set(self.grid.get_node_ids()) - asked):
-                asked.update(new)
-                for node, answer in self._answers(config, new).items():
-                    if isinstance(answer, str):
-                        refused[node] = answer
-                    else:
-                        found[node] = answer
-            missing = set(range(config.run.clients)) - {c for answer in found.values() for c in answer.fingerprints}
-            if not missing or refused or time.monotonic() > deadline:
+            last_look = time.monotonic() >= deadline
+            new = sorted(set(self.grid.get_node_ids()) - asked)
+            asked.update(new)
+            open_questions |= self._send(config, dict.fromkeys(new, question))
+            for node, answer in self._answers(open_questions).items():
+                if isinstance(answer, str):
+                    refused[node] = answer
+                    _log.error("fedkd: node %s is refused: %s", node, answer)
+                else:
+                    found[node] = answer
+            unfit = judge(found)
+            hosted = {c for node, answer in found.items() if node not in unfit for c in answer.fingerprints}
+            complete = hosted.issuperset(range(config.run.clients))
+            if complete or last_look:
                 break
             time.sleep(LOOK_SECONDS)
-        unfit = judge(found)
-        self._tell(config, unfit)
-        return federation(config, found, refused | unfit)
+        silent = dict.fromkeys(asked - found.keys() - refused.keys(), f"no answer within {WAIT_SECONDS:g} s")
+        if complete and silent:
+            _log.warning("fedkd: not waited for, since nobody needs them: node %s", listed(sorted(silent)))
+        self._tell(config, unfit, wait=not complete)
+        return federation(config, found, refused | unfit | silent)
 
-    def _answers(self, config: Config, nodes: Iterable[int]) -> dict[int, Description | str]:
-        """Return each node's description of its data, or why it does not take part."""
-        flat = json.dumps(config.flat(), sort_keys=True)
-        question = protocol.Question(flat, __version__, tuple(self.methods))
-        answers: dict[int, Description | str] = dict.fromkeys(nodes, f"no answer within {config.run.timeout:g} s")
-        for reply in self._exchange(config, dict.fromkeys(nodes, question)):
-            node = reply.metadata.src_node_id
-            if node not in answers:
+    def _send(self, config: Config, questions: Mapping[int, protocol.Question]) -> dict[str, int]:
+        """Send a question to each node, and return the nodes by the messages' numbers, without those that cannot go."""
+        messages = [
+            Message(question.content(), dst_node_id=node, message_type=MessageType.QUERY, ttl=config.run.timeout)
+            for node, question in questions.items()
+        ]
+        names = self.grid.push_messages(messages) if messages else ()
+        return {name: node for name, node in zip(names, questions, strict=False) if name}
+
+    def _answers(self, open_questions: dict[str, int]) -> dict[int, Description | str]:
+        """Return the answers that are there, and close their questions: descriptions, or why a node takes no part."""
+        answers: dict[int, Description | str] = {}
+        for reply in self.grid.pull_messages(set(open_questions)) if open_questions else ():
+            node = open_questions.pop(reply.metadata.reply_to_message_id, None)
+            if node is None:
                 continue
             if reply.has_error():
                 answers[node] = reply.error.reason or "it failed and gave no reason"
@@ -94,16 +117,17 @@ class Devices:
                 answers[node] = f"its answer cannot be read: {error}"
         return answers
 
-    def _tell(self, config: Config, unfit: Mapping[int, str]) -> None:
-        """Let nodes that are refused say so in their own logs."""
-        self._exchange(config, {node: protocol.Question(refused=why) for node, why in unfit.items()})
-
-    def _exchange(self, config: Config, questions: Mapping[int, protocol.Question]) -> list[Message]:
-        messages = [
-            Message(question.content(), dst_node_id=node, message_type=MessageType.QUERY, ttl=config.run.timeout)
-            for node, question in questions.items()
-        ]
-        return list(self.grid.send_and_receive(messages, timeout=config.run.timeout)) if messages else []
+    def _tell(self, config: Config, unfit: Mapping[int, str], wait: bool) -> None:
+        """Let nodes that do not fit say so in their own logs; a run that ends takes with it what was not fetched."""
+        told = self._send(config, {node: protocol.Question(refused=why) for node, why in unfit.items()})
+        for node, why in unfit.items():
+            _log.error("fedkd: node %s is refused: %s", node, why)
+        deadline = time.monotonic() + TELL_SECONDS
+        while wait and told:
+            self._answers(told)
+            if not told or time.monotonic() >= deadline:
+                break
+            time.sleep(LOOK_SECONDS)
 
 
 def judge(found: Mapping[int, Description]) -> dict[int, str]:
@@ -120,7 +144,7 @@ def judge(found: Mapping[int, Description]) -> dict[int, str]:
             unfit[node] = f"its images differ from those of client {min(first.fingerprints)}: {shapes}"
         elif mine.classes != first.classes:
             unfit[node] = f"its classes differ from those of client {min(first.fingerprints)}: {_named(mine, first)}"
-        for client in mine.fingerprints:
+        for client in mine.fingerprints if node not in unfit else ():  # it takes nobody's place
             if (other := owner.setdefault(client, node)) != node:
                 for one, two in ((node, other), (other, node)):
                     unfit.setdefault(one, f"client {client} is hosted twice: by node {two} too")
@@ -133,8 +157,6 @@ def federation(config: Config, found: Mapping[int, Description], refused: Mappin
     Raises:
         RefusalError: a client is missing; the message says which nodes were refused.
     """
-    for node, why in refused.items():
-        _log.error("fedkd: node %s is refused: %s", node, why)
     nodes = {client: node for node in found if node not in refused for client in found[node].fingerprints}
     if missing := sorted(set(range(config.run.clients)) - set(nodes)):
         why = "; ".join(

@@ -9,16 +9,17 @@ import ssl
 import stat
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import tiny
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity
 from lab import free_port
 from PIL import Image
 
@@ -27,7 +28,7 @@ import strategies.devices
 from fedkd import protocol
 from fedkd.config import Scalar
 from fedkd.data import FederatedData, federate
-from fedkd.data.devices import Description, Place, hosted, parse_clients, write_split
+from fedkd.data.devices import Description, Federation, Place, hosted, parse_clients, write_split
 from fedkd.errors import UserError
 from fedkd.payload import PayloadError
 from fedkd.results import Run
@@ -36,7 +37,8 @@ from sims.deploy import Deployment, check
 from sims.launch import on_devices
 from strategies.app import app as server_app
 from strategies.base import RoundError
-from strategies.devices import RefusalError, judge
+from strategies.devices import Devices, RefusalError, judge
+from strategies.grid import PromptGrid
 
 pytestmark = pytest.mark.slow
 
@@ -344,6 +346,91 @@ def test_who_does_not_fit_is_refused(
 def test_a_refused_node_does_not_stop_those_that_have_all_clients(shards: Path, tmp_path: Path) -> None:
     """A device without data beside a complete federation is left out."""
     assert run_devices(tmp_path / "run", [*two(shards, tmp_path), {}]).finished
+
+
+class Field(inline.LoopbackGrid):
+    """Nodes that appear at a certain look; some never answer, and none does when it is told that it is refused."""
+
+    def __init__(self, devices: Sequence[UserConfig], appear: Sequence[int], hung: Container[int] = ()) -> None:
+        contexts = {node: Context(1, node, own, RecordDict(), {}) for node, own in enumerate(devices)}
+        super().__init__(clients.app.app, contexts)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        self.appear, self.hung, self.looks = appear, hung, 0
+        self.told: list[int] = []
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes that have appeared by now."""
+        self.looks += 1
+        return [node for node in self._contexts if self.appear[node] <= self.looks]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Deliver messages; what is never answered loses its reply."""
+        messages = list(messages)
+        names = list(super().push_messages(messages))
+        for name, message in zip(names, messages, strict=True):
+            node = message.metadata.dst_node_id
+            refused = bool(protocol.Question.read(message).refused)
+            if refused:
+                self.told.append(node)
+            if refused or node in self.hung:
+                self._replies.pop(name)
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return what has arrived; whoever looks for ever waits for ever."""
+        self.looks += 1
+        assert self.looks < 100, "still waiting"
+        return super().pull_messages(message_ids)
+
+
+@pytest.fixture
+def patient(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait as long as it takes, and look at once again."""
+    monkeypatch.setattr(strategies.devices, "WAIT_SECONDS", 600.0)
+    monkeypatch.setattr(strategies.devices, "LOOK_SECONDS", 0.0)
+
+
+def ask(grid: Field) -> Federation:
+    """Return who hosts whom, as a run finds out before its first round."""
+    return Devices(PromptGrid(grid), ["fedavg"]).federation(tiny(**{**TWO, "data.partition": "devices"}))
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_refused_spare_node_does_not_end_the_start(shards: Path, tmp_path: Path) -> None:
+    """It is there before those that are needed."""
+    grid = Field([{}, *two(shards, tmp_path)], appear=[1, 3, 6])
+    assert ask(grid).nodes == (1, 1, 2, 2)
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_hung_spare_node_does_not_stall_the_start(
+    first: bool, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for its answer, whether it appeared before the others or after some of them; the log says so."""
+    grid = Field([device("0-3", shards, tmp_path), *two(shards, tmp_path)], [1 if first else 4, 1, 5], hung={0})
+    with caplog.at_level(logging.WARNING, "flwr"):
+        assert ask(grid).nodes == (1, 1, 2, 2)
+    assert "not waited for, since nobody needs them: node 0" in caplog.text
+
+
+@pytest.mark.usefixtures("patient")
+def test_telling_a_node_that_it_is_refused_does_not_wait(shards: Path, tmp_path: Path) -> None:
+    """A spare one with other images hears of it, never says so, and the run goes on."""
+    write_pictures(tmp_path / "data" / "3" / "train", dict.fromkeys("0123456789", 1), size=9)
+    grid = Field([device("3", tmp_path / "data", tmp_path), *two(shards, tmp_path)], appear=[1, 1, 4])
+    assert ask(grid).nodes == (1, 1, 2, 2)
+    assert grid.told == [0]
+
+
+def test_who_is_missing_in_the_end_is_said_with_those_who_are_refused(shards: Path, tmp_path: Path) -> None:
+    """All of them, with why: no configuration, no answer."""
+    with pytest.raises(RefusalError) as raised:
+        ask(Field([{}, *two(shards, tmp_path)], appear=[1, 1, 1], hung={1}))
+    assert str(raised.value) == (
+        "no node hosts client 0, 1; node 0 is refused: this node's configuration names no clients and no data: "
+        '--node-config \'clients="0,1" data="/path/on/device"\'; node 1 is refused: no answer within 0 s'
+    )
 
 
 def test_another_version_is_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
