@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from fedkd.config import Config
 from fedkd.errors import UserError
+from sims import watchdog
 from sims.deploy import CONNECTION, FLOWER
 from sims.simulation import SimulationError, app_toml, tail
 
@@ -56,7 +56,7 @@ def run(configs: Sequence[Config], superlink: str) -> None:
     """Run experiments one after another in one Flower run on devices.
 
     Each one's ``run.dir`` receives its results; Flower's log is ``flower.log`` in the folder they share.  Interrupted,
-    the run on the SuperLink is stopped too.
+    the run on the SuperLink is stopped too.  Killed, nothing of this is left here, and that run goes on.
 
     Args:
         configs: what to run.
@@ -72,11 +72,12 @@ def run(configs: Sequence[Config], superlink: str) -> None:
     for folder in folders:
         (folder / "error.txt").unlink(missing_ok=True)
     app = Path(tempfile.mkdtemp(prefix="fedkd-app-"))
+    guard = watchdog.start(app)
     try:
         (app / "pyproject.toml").write_text(app_toml(configs), encoding="utf-8")
-        _flwr_run(app, name, environment, log)
+        _flwr_run(app, name, environment | {watchdog.MARK: str(app)}, log)
     finally:
-        shutil.rmtree(app, ignore_errors=True)
+        guard.communicate()  # it removes the folder
     for folder in folders:
         if not (folder / "summary.json").exists():
             raise SimulationError(f"{_why(folder, log, superlink)} (log: {log})")

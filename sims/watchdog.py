@@ -15,12 +15,15 @@ from pathlib import Path
 
 import psutil
 
-HOME = "FLWR_HOME"
-"""Variable in the environment of every process that is started for one SuperLink; its value is that one's folder."""
+HOME, MARK = "FLWR_HOME", "FEDKD_WATCHED"
+"""Variables, of which one is in the environment of every process that is started; its value is the folder they share.
+
+Flower's own is that of a private SuperLink's processes; where Flower has another folder, ours is added.
+"""
 
 
 def start(home: Path) -> subprocess.Popen[bytes]:
-    """Start the helper for the SuperLink with the folder ``home``; closing its ``stdin``, or dying, sets it to work."""
+    """Start the helper for the processes of a folder; closing its ``stdin``, or dying, sets it to work."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "sims.watchdog", str(home)],
         stdin=subprocess.PIPE,
@@ -31,7 +34,7 @@ def start(home: Path) -> subprocess.Popen[bytes]:
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Return the processes that were started for the SuperLink with the folder ``home``.
+    """Return the processes that were started for the folder ``home``.
 
     They have it, or a folder in it, in their environment, or are in the session of which such a one is the leader:
     Ray's agents write their titles over their environments, and lose their parents when these are killed.
@@ -43,10 +46,10 @@ def processes_of(home: Path) -> list[psutil.Process]:
 
 def _has_home(process: psutil.Process, home: Path) -> bool:
     try:
-        own = process.environ().get(HOME)
+        own = process.environ()
     except psutil.Error:
         return False
-    return own is not None and Path(own).is_relative_to(home)
+    return any(mark in own and Path(own[mark]).is_relative_to(home) for mark in (HOME, MARK))
 
 
 def _session(process: psutil.Process) -> int | None:

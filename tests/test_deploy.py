@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import ssl
 import stat
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import tiny
 from flwr.app import Context, Message, RecordDict
@@ -22,6 +25,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from lab import free_port
 from PIL import Image
+from test_resume import is_alive, wait_until
 
 import clients.app
 import strategies.devices
@@ -724,3 +728,43 @@ def test_devices_hold_what_nobody_else_has() -> None:
     """Commands that need the images say that they are not here."""
     with pytest.raises(UserError, match="on the devices alone"):
         federate(tiny(**{"data.partition": "devices"}))
+
+
+KILLED = """
+import os, sys
+from fedkd.config import Config
+from sims import deployment
+
+deployment.connection = lambda superlink: (superlink, dict(os.environ))
+deployment.run([Config.from_flat({"run.dir": sys.argv[1], "data.partition": "devices"})], "deployed")
+"""
+FLWR = """#!/bin/sh
+echo "$2/pyproject.toml" > "$STARTED.part"
+mv "$STARTED.part" "$STARTED"
+exec sleep 600
+"""
+
+
+def test_a_killed_command_leaves_nothing(tmp_path: Path) -> None:
+    """Neither the app that it gave to Flower nor Flower's command, here one that takes its time."""
+    started, scratch, program = tmp_path / "started", tmp_path / "tmp", tmp_path / "bin" / "flwr"
+    scratch.mkdir()
+    program.parent.mkdir()
+    program.write_text(FLWR)
+    program.chmod(0o700)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "STARTED": str(started), "TMPDIR": str(scratch)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "run")]
+    children: list[psutil.Process] = []
+    with psutil.Popen(command, env=environment, cwd=Path(__file__).parent.parent) as process:
+        try:
+            wait_until(started.exists, process)
+            assert Path(started.read_text().strip()).is_relative_to(scratch)
+            children = process.children(recursive=True)
+            assert "sleep" in {child.name() for child in children}
+            process.kill()
+            wait_until(lambda: not (list(scratch.iterdir()) or any(map(is_alive, children))))
+        finally:
+            for one in (process, *children):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
