@@ -1,21 +1,18 @@
 """``fedkd deploy``: what a deployment needs on the server and on each device, and whether a device has it.
 
 ``init`` writes one folder: a private certificate authority, the server's certificate, a key for each node, Flower's
-configuration, a Compose file, systemd units, and the exact commands.  Nothing in it is sent anywhere.
+configuration, and what :mod:`sims.handout` has: systemd units, what Docker needs, and the exact commands.  Nothing is
+sent anywhere.
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import json
 import os
 import re
-import shlex
 import socket
 import ssl
-import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +23,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedkd import __version__
 from fedkd.config import Config, defaults
 from fedkd.data.devices import Description, Place, hosted, parse_clients
 from fedkd.errors import UserError
+from sims import handout
 from sims.doctor import Finding
+from sims.handout import CONNECTION
 
 PORT = 8000
 """Flower's own default."""
-CONNECTION = "deployed"
-"""Name of the SuperLink in Flower's configuration."""
 YEARS = 5
 MOST_CLIENTS = 10**7
 """Numbers of up to seven digits."""
@@ -52,7 +48,6 @@ class Deployment:
         clients: number of clients; they are dealt to the devices in order.
         address: host name or address under which the devices reach the server.
         port: the server's port.
-        data: folder of the data on a device.
     """
 
     folder: Path
@@ -60,7 +55,6 @@ class Deployment:
     clients: int
     address: str
     port: int = PORT
-    data: str = "/srv/fedkd/data"
 
     def write(self) -> None:
         """Write everything.
@@ -83,9 +77,7 @@ class Deployment:
         (server / "nodes").mkdir()
         _write(server / FLOWER / "config.toml", self._flower())
         _write(server / "app" / "pyproject.toml", self._app())
-        _write(
-            server / "fedkd-superlink.service", self._unit("SuperLink", "server", self.superlink_command("/etc/fedkd"))
-        )
+        _write(server / "fedkd-superlink.service", handout.unit("SuperLink", "server", self.superlink_command()))
         for node in range(self.nodes):
             folder = devices / f"node-{node}"
             folder.mkdir(parents=True)
@@ -95,38 +87,71 @@ class Deployment:
             for place in (folder / "node.pub", server / "nodes" / f"node-{node}.pub"):
                 place.write_bytes(public + b"\n")
             (folder / CA).write_bytes(ca)
-            command = self.supernode_command(node, "/etc/fedkd", self.data)
-            _write(folder / "fedkd-supernode.service", self._unit("SuperNode", f"node {node}", command))
-        _write(self.folder / "compose.yaml", self._compose())
-        _write(self.folder / "README.md", self._readme())
+            unit = handout.unit("SuperNode", f"node {node}", self.supernode_command(node))
+            _write(folder / "fedkd-supernode.service", unit)
+        for name in ("superlink", *(f"node-{node}" for node in range(self.nodes))):
+            (self.folder / "state" / name).mkdir(parents=True, mode=0o700)  # else Docker makes them, as root
+        for name, text in handout.files(self).items():
+            _write(self.folder / name, text)
 
     def clients_of(self, node: int) -> str:
         """Return the clients of a node as its configuration names them: blocks of nearly equal length."""
         first, end = (round(self.clients * k / self.nodes) for k in (node, node + 1))
         return ",".join(map(str, range(first, end))) if end - first < 3 else f"{first}-{end - 1}"
 
-    def superlink_command(self, folder: str | Path, state: str | Path = "", host: str = "0.0.0.0") -> list[str]:
+    @property
+    def at(self) -> str:
+        """The server's address and port, as Flower takes them."""
+        return _joined(self.address, self.port)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the server's address is a name."""
+        return not _is_ip(self.address)
+
+    @property
+    def server(self) -> Path:
+        """The server's folder, which stays where it was written: Flower wants absolute paths."""
+        return self.folder.resolve() / "server"
+
+    def superlink_command(self, state: str | Path = handout.STATE, host: str = "0.0.0.0") -> list[str]:
         """Return the command that starts the SuperLink.
 
         Args:
-            folder: where certificate and key are.
-            state: where it keeps which nodes and runs it knows; empty: there too.
+            state: folder where it keeps which nodes and runs it knows.
             host: the address that it listens at.
         """
         return [
             *("flower-superlink", "--host", host, "--port", str(self.port)),
-            *("--ssl-ca-certfile", f"{folder}/{CA}"),
-            *("--ssl-certfile", f"{folder}/superlink.pem", "--ssl-keyfile", f"{folder}/superlink.key"),
-            *("--enable-supernode-auth", "--database", f"{state or folder}/state.db"),
+            *("--ssl-ca-certfile", str(self.server / CA)),
+            *("--ssl-certfile", str(self.server / "superlink.pem")),
+            *("--ssl-keyfile", str(self.server / "superlink.key")),
+            *("--enable-supernode-auth", "--database", f"{state}/state.db"),
             "--disable-runtime-dependency-installation",
         ]
 
-    def supernode_command(self, node: int, folder: str | Path, data: str | Path) -> list[str]:
-        """Return the command that starts a device's SuperNode, with its files in a folder."""
+    def supernode_command(
+        self,
+        node: int,
+        keys: str | Path = handout.KEYS,
+        data: str | Path = handout.DATA,
+        state: str | Path = handout.STATE,
+        address: str = "",
+    ) -> list[str]:
+        """Return the command that starts a device's SuperNode.
+
+        Args:
+            node: its number.
+            keys: folder with the authority's certificate and the node's key.
+            data: folder of the data of its clients.
+            state: folder for what they keep.
+            address: how it reaches the server; empty: by the server's own address.
+        """
+        config = f'clients="{self.clients_of(node)}" data="{data}" state="{state}/clients"'
         return [
-            *("flower-supernode", "--superlink", _joined(self.address, self.port)),
-            *("--root-certificates", f"{folder}/{CA}", "--auth-supernode-private-key", f"{folder}/node.key"),
-            *("--node-config", f'clients="{self.clients_of(node)}" data="{data}"'),
+            *("flower-supernode", "--superlink", _joined(address or self.address, self.port)),
+            *("--root-certificates", f"{keys}/{CA}", "--auth-supernode-private-key", f"{keys}/node.key"),
+            *("--node-config", config),
         ]
 
     def _check(self) -> None:
@@ -148,8 +173,8 @@ class Deployment:
 
     def _flower(self) -> str:
         own = {
-            "address": _joined(self.address, self.port),
-            "root-certificates": str((self.folder / "server" / CA).resolve()),
+            "address": self.at,
+            "root-certificates": str(self.server / CA),
         }
         return tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: own}})
 
@@ -163,114 +188,6 @@ class Deployment:
             section, name = key.split(".", 1)
             config.setdefault(section, {})[name] = value
         return app_of(config)
-
-    @staticmethod
-    def _unit(what: str, where: str, command: list[str]) -> str:
-        binary = Path(sys.executable).parent
-        return textwrap.dedent(
-            f"""\
-            [Unit]
-            Description=fedkd: Flower {what} ({where})
-            Wants=network-online.target
-            After=network-online.target
-
-            [Service]
-            Environment=OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0
-            Environment={_quoted(f"PATH={binary}:/usr/bin:/bin")}
-            StateDirectory=fedkd
-            Environment=FLWR_HOME=/var/lib/fedkd/flower FEDKD_RUNS=/var/lib/fedkd/runs FEDKD_CACHE=/var/lib/fedkd/cache
-            ExecStart={_systemd([str(binary / command[0]), *command[1:]])}
-            Restart=always
-            RestartSec=5
-
-            [Install]
-            WantedBy=multi-user.target
-            """
-        )
-
-    def _compose(self) -> str:
-        """Return a Compose file that starts everything on one machine: a rehearsal."""
-        environment = {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
-        common = {"image": "${FEDKD_IMAGE:-fedkd}", "environment": environment, "restart": "unless-stopped"}
-        services: dict[str, object] = {
-            "superlink": common
-            | {
-                "command": self.superlink_command("/etc/fedkd"),
-                "volumes": ["./server:/etc/fedkd", "${FEDKD_RUNS:-./runs}:/runs"],
-                "environment": environment | {"FEDKD_RUNS": "/runs"},
-                "ports": [f"{self.port}:{self.port}"],
-                "networks": {"default": {"aliases": [self.address]}} if not _is_ip(self.address) else ["default"],
-            }
-        }
-        for node in range(self.nodes):
-            here = Deployment(self.folder, self.nodes, self.clients, "superlink", self.port)
-            services[f"node-{node}"] = common | {
-                "command": here.supernode_command(node, "/etc/fedkd", "/data"),
-                "volumes": [f"./devices/node-{node}:/etc/fedkd:ro", "${FEDKD_DATA:-./data}:/data:ro"],
-                "depends_on": ["superlink"],
-            }
-        return f"# A rehearsal on one machine, with an image that has fedkd {__version__}.  JSON is YAML.\n" + (
-            json.dumps({"services": services}, indent=2) + "\n"
-        )
-
-    def _readme(self) -> str:
-        at = _joined(self.address, self.port)
-        devices = "\n\n".join(
-            f"Node {node} hosts the clients {self.clients_of(node)}:\n\n"
-            f"```\n{_shell(self.supernode_command(node, '/etc/fedkd', self.data))}\n```"
-            for node in range(self.nodes)
-        )
-        flower = f"FLWR_HOME=$PWD/server/{FLOWER}"
-        return f"""# A deployment of fedkd {__version__}: {self.nodes} nodes, {self.clients} clients, server {at}
-
-`ca/` stays with whoever made this folder: its key can make certificates that the devices believe. `server/` goes to
-the server, `devices/node-K` to device K and to nobody else. All commands run from this folder, with `fedkd` installed
-in the same version everywhere.
-
-## Server
-
-```
-{_shell(self.superlink_command("server"))}
-```
-
-or install `server/fedkd-superlink.service` (all units name the Python of the machine that wrote them). Once, while it
-runs, let the devices in:
-
-```
-for key in server/nodes/*.pub; do {flower} flwr supernode register "$key" {CONNECTION}; done
-```
-
-**Who reaches port {self.port} can start runs and register nodes**, since Flower answers devices and operators on the
-same port and asks only devices for a key. Keep it inside a private network, or let a reverse proxy pass devices no
-more than `/v1/fleet/`.
-
-## Each device
-
-Copy `devices/node-K` to `/etc/fedkd`, and the data of its clients to `{self.data}` (a folder per client; see
-docs/deployment.md). Then, on the device:
-
-```
-fedkd deploy check /etc/fedkd --superlink {at} --clients NUMBERS --data-folder {self.data}
-```
-
-and the SuperNode itself, by hand or by `fedkd-supernode.service`:
-
-{devices}
-
-## A run
-
-On the server, with live progress:
-
-```
-fedkd run fedgen --engine deployment --superlink . --clients {self.clients}
-```
-
-or with Flower's own command; the results are then in `$FEDKD_RUNS` of the SuperLink's process:
-
-```
-{flower} flwr run server/app {CONNECTION} --stream --run-config 'run.method="fedgen" run.rounds=50'
-```
-"""
 
 
 def check(keys: Path, superlink: str, clients: str, data: Path, config: Config | None = None) -> Iterator[Finding]:
@@ -496,25 +413,3 @@ def _split_address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"--superlink '{text}' is not HOST:PORT")
     return host.strip("[]"), int(port)
-
-
-def _shell(command: list[str]) -> str:
-    """Write a command over several lines, an option each."""
-    lines = [command[0]]
-    for word in command[1:]:
-        if word.startswith("--"):
-            lines.append(word)
-        else:
-            lines[-1] += f" {shlex.quote(word)}"
-    return " \\\n    ".join(lines)
-
-
-def _systemd(command: list[str]) -> str:
-    """Quote a command as systemd reads it."""
-    return " ".join(_quoted(word).replace("$", "$$") for word in command)
-
-
-def _quoted(word: str) -> str:
-    """Quote a word for systemd, which replaces ``%x`` even in quotes."""
-    escaped = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
-    return escaped if re.fullmatch(r"[\w@%+=:,./-]+", escaped) else f'"{escaped}"'

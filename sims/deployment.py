@@ -19,7 +19,8 @@ from pathlib import Path
 from fedkd.config import Config
 from fedkd.errors import UserError
 from sims import watchdog
-from sims.deploy import CONNECTION, FLOWER
+from sims.deploy import FLOWER
+from sims.handout import CONNECTION
 from sims.simulation import SimulationError, app_toml, tail
 
 STOP_SECONDS = 30.0

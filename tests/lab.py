@@ -21,8 +21,9 @@ import forked_apps
 import psutil
 
 from sims import watchdog
-from sims.deploy import CONNECTION, Deployment
+from sims.deploy import Deployment
 from sims.doctor import FLOWER_SWITCH
+from sims.handout import CONNECTION
 
 MARK = "FEDKD_LAB"
 APPS = -2
@@ -103,7 +104,7 @@ class Lab:
 
     def start_superlink(self) -> None:
         """Start the SuperLink and wait until it listens."""
-        command = self.deployment.superlink_command(self.folder / "server", host=self.deployment.address)
+        command = self.deployment.superlink_command(self.base, self.deployment.address)
         self._start(-1, command, self.environment("superlink"))
         deadline = time.monotonic() + START_SECONDS
         while subprocess.run(
@@ -130,7 +131,8 @@ class Lab:
 
     def start_node(self, node: int, **more: str) -> None:
         """Start a node, with further variables in its environment."""
-        command = self.deployment.supernode_command(node, self.folder / "devices" / f"node-{node}", self.data[node])
+        keys, state = self.folder / "devices" / f"node-{node}", self.homes / f"node-{node}"
+        command = self.deployment.supernode_command(node, keys, self.data[node], state)
         if not self.inside(node):
             command += ["--port", str(free_port())]
         environment = self.environment(f"node-{node}", **more)
