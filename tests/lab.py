@@ -102,10 +102,18 @@ class Lab:
         }
         return {**os.environ, **own, **more}
 
+    def superlink(self) -> list[str]:
+        """Return the command of the SuperLink."""
+        return self.deployment.superlink_command(self.base, self.deployment.address)
+
+    def supernode(self, node: int) -> list[str]:
+        """Return the command of a node."""
+        keys, state = self.folder / "devices" / f"node-{node}", self.homes / f"node-{node}"
+        return self.deployment.supernode_command(node, keys, self.data[node], state)
+
     def start_superlink(self) -> None:
         """Start the SuperLink and wait until it listens."""
-        command = self.deployment.superlink_command(self.base, self.deployment.address)
-        self._start(-1, command, self.environment("superlink"))
+        self._start(-1, self.superlink(), self.environment("superlink"))
         deadline = time.monotonic() + START_SECONDS
         while subprocess.run(
             [*self.inside(-1), sys.executable, "-c", _CONNECT, self.deployment.address, str(self.deployment.port)],
@@ -131,8 +139,7 @@ class Lab:
 
     def start_node(self, node: int, **more: str) -> None:
         """Start a node, with further variables in its environment."""
-        keys, state = self.folder / "devices" / f"node-{node}", self.homes / f"node-{node}"
-        command = self.deployment.supernode_command(node, keys, self.data[node], state)
+        command = self.supernode(node)
         if not self.inside(node):
             command += ["--port", str(free_port())]
         environment = self.environment(f"node-{node}", **more)
@@ -154,13 +161,17 @@ class Lab:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    def fedkd(self, *words: str, **more: str) -> subprocess.Popen[str]:
-        """Start our command as on the server, in a folder of its own."""
+    def fedkd(self, *words: str) -> subprocess.Popen[str]:
+        """Start our command as on the server."""
+        return self.start("fedkd", *words)
+
+    def start(self, *command: str, node: int = -1) -> subprocess.Popen[str]:
+        """Start any command as on the server (-1) or a node, in a folder of its own."""
         folder = self.base / "shell"
         folder.mkdir(exist_ok=True)
         return subprocess.Popen(
-            [*self.inside(-1), "fedkd", *words],
-            env=self.environment("superlink", **more),
+            [*self.inside(node), *command],
+            env=self.environment("superlink" if node < 0 else f"node-{node}"),
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,8 +8,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from lab import Lab, mine
+from test_deploy_init import blocks
 
 import clients.app
 from fedkd import protocol
@@ -24,7 +26,7 @@ from fedkd.config import Config, Scalar
 from fedkd.data.devices import parse_clients, write_split
 from fedkd.errors import UserError
 from fedkd.results import Run, lock
-from sims import deployment, inline
+from sims import deployment, handout, inline
 from sims.deploy import Deployment, check
 from strategies.app import app as server_app
 
@@ -224,15 +226,60 @@ def the_server_dies(lab: Lab, base: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root")
 @pytest.mark.skipif(shutil.which("ip") is None, reason="network namespaces need iproute2")
-def test_devices_in_networks_of_their_own(base: Path) -> None:
-    """A server and two devices with addresses of their own and nothing shared but a cable."""
+def test_the_readme_is_followed_in_networks_of_their_own(base: Path) -> None:
+    """A server and two devices with addresses of their own and nothing shared but a cable, by the README's commands."""
     keys = one_each(2, 2)
     data = deal(Config.from_flat(keys), base, 2)
-    with networks(2) as (names, address), Lab(base, 2, 2, data, address, lambda n: exec_in(names[n + 1])) as lab:
-        command = begin(lab, "fedavg", base / "run", keys)
+    with networks(2) as (names, address), ByReadme(base, 2, 2, data, address, lambda n: exec_in(names[n + 1])) as lab:
+        sets = [f"--set={key}={value}" for key, value in keys.items() if key != "run.clients"]
+        command = lab.start(*lab.said("fedkd run", -1, sets))
         said, _ = command.communicate(timeout=240)
         assert command.returncode == 0, said + lab.log(-1)[-2000:]
-    assert Run.open(base / "run").digest() == straight("fedavg", base / "straight", keys)
+    run = Run.open(base / "server" / "runs" / "fedgen")
+    assert run.digest() == straight("fedgen", base / "straight", keys)
+
+
+class ByReadme(Lab):
+    """Machines on which people say what stands in the README, and have their places elsewhere than it says."""
+
+    def said(self, words: str, node: int, more: Iterable[str] = ()) -> list[str]:
+        """Return the command with these words, for the server (-1) or a device, and with further words at its end."""
+        text = (self.folder / "README.md").read_text()
+        part = text if node < 0 else text.partition(f"### Device {node}:")[2]
+        block = next(block for block in blocks(part) if words in block)
+        own = self.base / ("server" if node < 0 else f"device{node}")
+        places = {
+            "sudo -u fedkd -H ": "",
+            handout.PROGRAMS: sys.prefix,
+            handout.DATA: str(self.data[node]),
+            handout.KEYS: str(own / "keys"),
+            handout.STATE: str(own / ("" if node < 0 else "state")),
+        }
+        for place, here in places.items():
+            block = block.replace(place, here)
+        return ["bash", "-c", f'{block} "$@"', "bash", *more]
+
+    def superlink(self) -> list[str]:
+        """As the README says."""
+        (self.base / "server").mkdir()
+        return self.said("flower-superlink", -1)
+
+    def supernode(self, node: int) -> list[str]:
+        """As the README says."""
+        return self.said("flower-supernode", node)
+
+    def register(self, nodes: Iterable[int]) -> None:
+        """As the README says; then devices look whether they have everything."""
+        commands = [self.start(*self.said("supernode register", -1))]
+        assert commands[0].wait(60) == 0, commands[0].communicate()[0]
+        for node in nodes:
+            own = self.base / f"device{node}"
+            shutil.copytree(self.folder / "devices" / f"node-{node}", own / "keys")
+            (own / "state").mkdir()
+            commands.append(self.start(*self.said("deploy check", node), node=node))
+        for command in commands:
+            said, _ = command.communicate(timeout=60)
+            assert command.returncode == 0, said
 
 
 def exec_in(name: str) -> list[str]:
