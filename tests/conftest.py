@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from leftovers import leaving_nothing
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 with warnings.catch_warnings():  # Flower's Typer imports names that Click deprecates
@@ -59,7 +60,15 @@ def heard() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Look, after the last test of this process, for what the tests left behind."""
+    tmp_path_factory.getbasetemp()  # pytest keeps some of its own folders, elsewhere
+    with leaving_nothing():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep caches and results away from the user's, and sums in one order."""
     from fedkd import results
 
