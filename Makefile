@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 
+# Seed of the moments at which runs are killed: another one each time, to be given to repeat one.
+KILLS ?= $(shell $(PYTHON) -c 'import random; print(random.randrange(10**6))')
+
 .PHONY: docs run test test-fast test-field test-reproductions check format bench config clean
 
 run: .venv/installed
@@ -15,7 +18,7 @@ test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-field: .venv/installed-dev
-	$(BIN)/python -m pytest -m field --dist load
+	FEDKD_KILLS=$(KILLS) $(BIN)/python -m pytest -m field --dist worksteal
 
 test-reproductions: .venv/installed-dev
 	$(BIN)/python -m pytest -m reproduction --dist load

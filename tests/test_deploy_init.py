@@ -6,7 +6,9 @@ import ipaddress
 import json
 import re
 import shlex
+import shutil
 import ssl
+import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from cryptography import x509
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fedkd import __version__
 from fedkd.data.devices import parse_clients
 from fedkd.errors import UserError
 from sims import handout
@@ -188,6 +191,82 @@ def test_systemd_reads_what_was_meant(folder: str) -> None:
     unit = handout.unit("SuperNode", "node 0", command)
     [line] = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
     assert read_systemd(line.partition("=")[2])[1:] == command[1:]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Deployment:
+    """A deployment as `fedkd deploy init` writes it."""
+    deployment = Deployment(tmp_path / "lab", 2, 5, "server.example.org")
+    deployment.write()
+    return deployment
+
+
+def test_what_containers_mount_and_name_is_there(lab: Deployment) -> None:
+    """Every folder that is mounted was written, or is the data, and every path in a command is in one of them."""
+    services = json.loads((lab.folder / "compose.yaml").read_text().partition("\n")[2])["services"]
+    assert set(services) == {"superlink", "node-0", "node-1"}
+    for name, service in services.items():
+        mounts = {Path(one["target"]): one["source"] for one in service["volumes"]}
+        for source in mounts.values():
+            assert source == "${FEDKD_DATA:-./data}" or (lab.folder / source).is_dir(), name
+        for path in map(Path, re.findall(r'/[^\s"]+', " ".join(service["command"]))):
+            [(target, source)] = [(t, s) for t, s in mounts.items() if path.is_relative_to(t)]
+            here = lab.folder / source / path.relative_to(target)
+            assert here.is_file() == (path.suffix in (".pem", ".key")), path
+        assert Path(service["environment"]["HOME"]) in mounts
+        assert service["user"] == "${FEDKD_USER}"
+    assert re.fullmatch(r"FEDKD_USER=\d+:\d+\n", (lab.folder / ".env").read_text())
+    assert "--out data" in (lab.folder / "README.md").read_text()
+
+
+def test_an_image_has_the_wheel_and_no_key(lab: Deployment) -> None:
+    """The wheel that the README makes; nothing else of the folder reaches Docker; and not as root."""
+    image = (lab.folder / "Dockerfile").read_text()
+    [wheel] = re.findall(r"^COPY (\S+) ", image, re.MULTILINE)
+    assert f"./{wheel}" in (lab.folder / "README.md").read_text()
+    assert wheel == f"fedkd-{__version__}-py3-none-any.whl"
+    assert re.search(r"^USER [1-9]\d*$", image, re.MULTILINE)
+    assert (lab.folder / ".dockerignore").read_text().split() == ["*", "!*.whl"]
+
+
+def test_units_run_as_a_user_of_their_own_with_the_same_places_as_by_hand(lab: Deployment) -> None:
+    """The user that the README makes, whose home is the only place that is written to."""
+    readme = (lab.folder / "README.md").read_text()
+    units = list(lab.folder.rglob("*.service"))
+    assert len(units) == 3
+    for path in units:
+        unit = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+        home = f"/var/lib/{unit['StateDirectory']}"
+        assert f"--home-dir {home} --shell /usr/sbin/nologin {unit['User']}\n" in readme
+        assert unit["WorkingDirectory"] == home
+        assert (unit["NoNewPrivileges"], unit["ProtectSystem"], unit["PrivateTmp"]) == ("yes", "strict", "yes")
+        assert f"sudo -u {unit['User']} -H env --chdir={home} {unit['Environment']} \\\n" in readme
+        command = exec_of(path)
+        assert Path(command[0]).parent == Path(unit["Environment"].split()[0].removeprefix("PATH=").split(":")[0])
+        written = [word for word in command if home in word]
+        assert len(written) == 1
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+def test_systemd_finds_nothing_to_say(lab: Deployment) -> None:
+    """But that what is installed elsewhere is not installed here."""
+    units = map(str, lab.folder.rglob("*.service"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=False
+    )
+    said = (done.stdout + done.stderr).splitlines()
+    assert [line for line in said if not re.search(r"Command /opt/fedkd/bin/\S+ is not executable", line)] == []
+
+
+def test_files_that_are_copied_are_there(lab: Deployment) -> None:
+    """By the names that the README has, and not a key too many."""
+    [copies] = [block for block in blocks((lab.folder / "README.md").read_text()) if "scp" in block]
+    for node in range(2):
+        [line] = [line for line in copies.splitlines() if line.endswith(f" device-{node}:")]
+        folder, names = re.findall(r"(devices/\S+)/\{(.*?)\}", line)[0]
+        assert folder == f"devices/node-{node}"
+        written = {path.name for path in (lab.folder / folder).iterdir()}
+        assert set(names.split(",")) == written - {"node.pub"}
 
 
 def is_number(address: str) -> bool:

@@ -420,10 +420,18 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.fixture(scope="module")
+def seed() -> int:
+    """What moments, steps and methods are drawn from: another one each time, or the one that ``FEDKD_KILLS`` says."""
+    number = int(os.environ.get("FEDKD_KILLS") or random.SystemRandom().randrange(10**6))
+    print(f"FEDKD_KILLS={number} kills in the same way")
+    return number
+
+
 @pytest.mark.field
-def test_killed_at_random_moments_and_in_the_middle_of_writing(tmp_path: Path) -> None:
+def test_killed_at_random_moments_and_in_the_middle_of_writing(seed: int, tmp_path: Path) -> None:
     """`fedkd run` and `fedkd resume`, 27 times, of methods, at moments and at steps that are drawn from a seed."""
-    command = [sys.executable, str(BASE / "tests" / "kill_runs.py"), str(tmp_path), "1", "27"]
+    command = [sys.executable, str(BASE / "tests" / "kill_runs.py"), str(tmp_path), str(seed), "27"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     assert sum(len(run["kills"]) for run in runs) == 27
@@ -435,10 +443,10 @@ VICTIMS = {"the command": "", "the ServerApp": "flwr-simulation", "a Ray worker"
 
 
 @pytest.mark.field
-def test_killed_in_simulation(run_inline: RunInline, tmp_path: Path) -> None:
+def test_killed_in_simulation(seed: int, run_inline: RunInline, tmp_path: Path) -> None:
     """One process after the other; each time nothing of Flower and Ray remains, and the run goes on."""
     keys: Keys = {"run.rounds": 60, "run.checkpoint-every": 3}
-    folder, rng = tmp_path / "run", random.Random(3)
+    folder, rng = tmp_path / "run", random.Random(seed)
     words = ["run", "apfl", "--out", str(folder)]
     settings = {**TINY, **keys}
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
