@@ -110,6 +110,121 @@ def base(tmp_path: Path) -> Iterator[Path]:
     assert not mine(tmp_path)
 
 
+def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
+    """TLS, keys, a process for each device with the data of its own clients: the same digests.
+
+    On the way, a device asks whether it is trusted, and one with another key hears that it is not.
+    """
+    data = deal(Config.from_flat(DEPLOYED), base, 4)
+    methods = ("fedgen", "apfl", "pgfed")
+    with Lab(base, 4, 8, data, forked=range(4)) as lab:
+        deployment.run([deployed(method, base / method, DEPLOYED) for method in methods], str(lab.folder))
+        keys = lab.folder / "devices" / "node-2"
+        at = f"127.0.0.1:{lab.deployment.port}"
+        trusted = {finding.what: finding for finding in check(keys, at, "4,5", data[2])}
+        assert all(finding.fine for finding in trusted.values()), trusted
+        Deployment(base / "foreign", 1, 1, "127.0.0.1").write()
+        foreign = base / "foreign" / "devices" / "node-0"
+        assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["TLS"] is False
+        shutil.copy(keys / "ca.pem", foreign / "ca.pem")
+        assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["key"] is False
+        port = lab.deployment.port
+    for method in methods:
+        assert Run.open(base / method).digest() == straight(method, base / f"straight-{method}", DEPLOYED)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root")
+@pytest.mark.skipif(shutil.which("ip") is None, reason="network namespaces need iproute2")
+def test_the_readme_is_followed_in_networks_of_their_own(base: Path) -> None:
+    """A server and two devices with addresses of their own and nothing shared but a cable, by the README's commands."""
+    keys = one_each(2, 2)
+    data = deal(Config.from_flat(keys), base, 2)
+    with networks(2) as (names, address), ByReadme(base, 2, 2, data, address, lambda n: exec_in(names[n + 1])) as lab:
+        sets = [f"--set={key}={value}" for key, value in keys.items() if key != "run.clients"]
+        command = lab.start(*lab.said("fedkd run", -1, sets))
+        said, _ = command.communicate(timeout=240)
+        assert command.returncode == 0, said + lab.log(-1)[-2000:]
+    run = Run.open(base / "server" / "runs" / "fedgen")
+    assert run.digest() == straight("fedgen", base / "straight", keys)
+
+
+class ByReadme(Lab):
+    """Machines on which people say what stands in the README, and have their places elsewhere than it says."""
+
+    def said(self, words: str, node: int, more: Iterable[str] = ()) -> list[str]:
+        """Return the command with these words, for the server (-1) or a device, and with further words at its end."""
+        text = (self.folder / "README.md").read_text()
+        part = text if node < 0 else text.partition(f"### Device {node}:")[2]
+        block = next(block for block in blocks(part) if words in block)
+        own = self.base / ("server" if node < 0 else f"device{node}")
+        places = {
+            "sudo -u fedkd -H ": "",
+            handout.PROGRAMS: sys.prefix,
+            handout.DATA: str(self.data[node]),
+            handout.KEYS: str(own / "keys"),
+            handout.STATE: str(own / ("" if node < 0 else "state")),
+        }
+        for place, here in places.items():
+            block = block.replace(place, here)
+        return ["bash", "-c", f'{block} "$@"', "bash", *more]
+
+    def superlink(self) -> list[str]:
+        """As the README says."""
+        (self.base / "server").mkdir()
+        return self.said("flower-superlink", -1)
+
+    def supernode(self, node: int) -> list[str]:
+        """As the README says."""
+        return self.said("flower-supernode", node)
+
+    def register(self, nodes: Iterable[int]) -> None:
+        """As the README says; then devices look whether they have everything."""
+        commands = [self.start(*self.said("supernode register", -1))]
+        assert commands[0].wait(60) == 0, commands[0].communicate()[0]
+        for node in nodes:
+            own = self.base / f"device{node}"
+            shutil.copytree(self.folder / "devices" / f"node-{node}", own / "keys")
+            (own / "state").mkdir()
+            commands.append(self.start(*self.said("deploy check", node), node=node))
+        for command in commands:
+            said, _ = command.communicate(timeout=60)
+            assert command.returncode == 0, said
+
+
+def exec_in(name: str) -> list[str]:
+    """Return what puts a command into a network namespace."""
+    return ["ip", "netns", "exec", name]
+
+
+@contextlib.contextmanager
+def networks(nodes: int) -> Iterator[tuple[list[str], str]]:
+    """Give a namespace for the server, with a bridge, and one for each node; and the server's address."""
+    tag = f"fk{os.getpid()}"
+    names = [f"{tag}-{k}" for k in range(nodes + 1)]
+
+    def ip(*words: str) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"network namespaces are not allowed here: {done.stderr.strip()}")
+
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            ip("netns", "add", name)
+            undo.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", names[0], "link", "add", "bridge", "type", "bridge")
+        ip("-n", names[0], "addr", "add", "10.213.57.1/24", "dev", "bridge")
+        ip("-n", names[0], "link", "set", "bridge", "up")
+        for node, name in enumerate(names[1:], start=2):
+            ip("-n", names[0], "link", "add", f"v{node}", "type", "veth", "peer", "name", "cable", "netns", name)
+            ip("-n", names[0], "link", "set", f"v{node}", "master", "bridge", "up")
+            ip("-n", name, "addr", "add", f"10.213.57.{node}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+        yield names, "10.213.57.1"
+
+
 def test_devices_die_hang_and_come_back(base: Path) -> None:
     """One is killed and one is stopped in the middle of training: both are dropped, and later take part again.
 
@@ -222,118 +337,3 @@ def the_server_dies(lab: Lab, base: Path) -> None:
     assert [again["after_round"] for again in run.environment["resumed"]] == [1]
     assert not any("dropped" in row for row in run.rows("rounds"))
     assert run.digest() == straight("apfl", base / "straight", keys)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root")
-@pytest.mark.skipif(shutil.which("ip") is None, reason="network namespaces need iproute2")
-def test_the_readme_is_followed_in_networks_of_their_own(base: Path) -> None:
-    """A server and two devices with addresses of their own and nothing shared but a cable, by the README's commands."""
-    keys = one_each(2, 2)
-    data = deal(Config.from_flat(keys), base, 2)
-    with networks(2) as (names, address), ByReadme(base, 2, 2, data, address, lambda n: exec_in(names[n + 1])) as lab:
-        sets = [f"--set={key}={value}" for key, value in keys.items() if key != "run.clients"]
-        command = lab.start(*lab.said("fedkd run", -1, sets))
-        said, _ = command.communicate(timeout=240)
-        assert command.returncode == 0, said + lab.log(-1)[-2000:]
-    run = Run.open(base / "server" / "runs" / "fedgen")
-    assert run.digest() == straight("fedgen", base / "straight", keys)
-
-
-class ByReadme(Lab):
-    """Machines on which people say what stands in the README, and have their places elsewhere than it says."""
-
-    def said(self, words: str, node: int, more: Iterable[str] = ()) -> list[str]:
-        """Return the command with these words, for the server (-1) or a device, and with further words at its end."""
-        text = (self.folder / "README.md").read_text()
-        part = text if node < 0 else text.partition(f"### Device {node}:")[2]
-        block = next(block for block in blocks(part) if words in block)
-        own = self.base / ("server" if node < 0 else f"device{node}")
-        places = {
-            "sudo -u fedkd -H ": "",
-            handout.PROGRAMS: sys.prefix,
-            handout.DATA: str(self.data[node]),
-            handout.KEYS: str(own / "keys"),
-            handout.STATE: str(own / ("" if node < 0 else "state")),
-        }
-        for place, here in places.items():
-            block = block.replace(place, here)
-        return ["bash", "-c", f'{block} "$@"', "bash", *more]
-
-    def superlink(self) -> list[str]:
-        """As the README says."""
-        (self.base / "server").mkdir()
-        return self.said("flower-superlink", -1)
-
-    def supernode(self, node: int) -> list[str]:
-        """As the README says."""
-        return self.said("flower-supernode", node)
-
-    def register(self, nodes: Iterable[int]) -> None:
-        """As the README says; then devices look whether they have everything."""
-        commands = [self.start(*self.said("supernode register", -1))]
-        assert commands[0].wait(60) == 0, commands[0].communicate()[0]
-        for node in nodes:
-            own = self.base / f"device{node}"
-            shutil.copytree(self.folder / "devices" / f"node-{node}", own / "keys")
-            (own / "state").mkdir()
-            commands.append(self.start(*self.said("deploy check", node), node=node))
-        for command in commands:
-            said, _ = command.communicate(timeout=60)
-            assert command.returncode == 0, said
-
-
-def exec_in(name: str) -> list[str]:
-    """Return what puts a command into a network namespace."""
-    return ["ip", "netns", "exec", name]
-
-
-@contextlib.contextmanager
-def networks(nodes: int) -> Iterator[tuple[list[str], str]]:
-    """Give a namespace for the server, with a bridge, and one for each node; and the server's address."""
-    tag = f"fk{os.getpid()}"
-    names = [f"{tag}-{k}" for k in range(nodes + 1)]
-
-    def ip(*words: str) -> None:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"network namespaces are not allowed here: {done.stderr.strip()}")
-
-    with contextlib.ExitStack() as undo:
-        for name in names:
-            ip("netns", "add", name)
-            undo.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", names[0], "link", "add", "bridge", "type", "bridge")
-        ip("-n", names[0], "addr", "add", "10.213.57.1/24", "dev", "bridge")
-        ip("-n", names[0], "link", "set", "bridge", "up")
-        for node, name in enumerate(names[1:], start=2):
-            ip("-n", names[0], "link", "add", f"v{node}", "type", "veth", "peer", "name", "cable", "netns", name)
-            ip("-n", names[0], "link", "set", f"v{node}", "master", "bridge", "up")
-            ip("-n", name, "addr", "add", f"10.213.57.{node}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-        yield names, "10.213.57.1"
-
-
-def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
-    """TLS, keys, a process for each device with the data of its own clients: the same digests.
-
-    On the way, a device asks whether it is trusted, and one with another key hears that it is not.
-    """
-    data = deal(Config.from_flat(DEPLOYED), base, 4)
-    methods = ("fedgen", "apfl", "pgfed")
-    with Lab(base, 4, 8, data, forked=range(4)) as lab:
-        deployment.run([deployed(method, base / method, DEPLOYED) for method in methods], str(lab.folder))
-        keys = lab.folder / "devices" / "node-2"
-        at = f"127.0.0.1:{lab.deployment.port}"
-        trusted = {finding.what: finding for finding in check(keys, at, "4,5", data[2])}
-        assert all(finding.fine for finding in trusted.values()), trusted
-        Deployment(base / "foreign", 1, 1, "127.0.0.1").write()
-        foreign = base / "foreign" / "devices" / "node-0"
-        assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["TLS"] is False
-        shutil.copy(keys / "ca.pem", foreign / "ca.pem")
-        assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["key"] is False
-        port = lab.deployment.port
-    for method in methods:
-        assert Run.open(base / method).digest() == straight(method, base / f"straight-{method}", DEPLOYED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))

@@ -420,6 +420,19 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.mark.field
+def test_the_workers_of_a_comparison_die_with_it(tmp_path: Path) -> None:
+    """They would hold the locks of their runs, and wait for work that never comes."""
+    words = ["compare", "fedavg", "--rounds", "100000", "--seeds", "1,2", "--jobs", "2", "--out", str(tmp_path)]
+    with command(*words) as process:
+        wait_until(lambda: all((tmp_path / f"fedavg-s{seed}" / "lock").exists() for seed in (1, 2)), process)
+        children = process.children(recursive=True)
+        process.kill()
+        wait_until(lambda: not any(map(is_alive, children)))
+    for seed in (1, 2):
+        lock(tmp_path / f"fedavg-s{seed}").close()
+
+
 @pytest.fixture(scope="module")
 def seed() -> int:
     """What moments, steps and methods are drawn from: another one each time, or the one that ``FEDKD_KILLS`` says."""
@@ -470,16 +483,3 @@ def test_killed_in_simulation(seed: int, run_inline: RunInline, tmp_path: Path) 
     assert len(after_rounds(run)) == 3
     assert after_rounds(run) == sorted(after_rounds(run))
     assert run.digest() == run_inline("apfl", **keys).digest()
-
-
-@pytest.mark.field
-def test_the_workers_of_a_comparison_die_with_it(tmp_path: Path) -> None:
-    """They would hold the locks of their runs, and wait for work that never comes."""
-    words = ["compare", "fedavg", "--rounds", "100000", "--seeds", "1,2", "--jobs", "2", "--out", str(tmp_path)]
-    with command(*words) as process:
-        wait_until(lambda: all((tmp_path / f"fedavg-s{seed}" / "lock").exists() for seed in (1, 2)), process)
-        children = process.children(recursive=True)
-        process.kill()
-        wait_until(lambda: not any(map(is_alive, children)))
-    for seed in (1, 2):
-        lock(tmp_path / f"fedavg-s{seed}").close()
