@@ -19,7 +19,7 @@ test-fast: .venv/installed-dev
 
 # Three at a time on two cores, since devices mostly wait; two by two in the order of the files, about equally long.
 test-field: .venv/installed-dev
-	FEDKD_KILLS=$(KILLS) $(BIN)/python -m pytest -m field -n 3 --dist load
+	FEDKD_KILLS=$(KILLS) $(BIN)/python -m pytest -m field -n 3 --dist load $(shell grep -l pytest.mark.field tests/*.py)
 
 test-reproductions: .venv/installed-dev
 	$(BIN)/python -m pytest -m reproduction --dist load

@@ -85,7 +85,8 @@ class Devices:
             if complete or last_look:
                 break
             time.sleep(LOOK_SECONDS)
-        silent = dict.fromkeys(asked - found.keys() - refused.keys(), f"no answer within {WAIT_SECONDS:g} s")
+        late = f"no answer within {WAIT_SECONDS:g} s (`fedkd deploy check` on it reads its data beforehand)"
+        silent = dict.fromkeys(asked - found.keys() - refused.keys(), late)
         if complete and silent:
             _log.warning("fedkd: not waited for, since nobody needs them: node %s", listed(sorted(silent)))
         self._tell(config, unfit, wait=not complete)
