@@ -431,10 +431,10 @@ def test_who_is_missing_in_the_end_is_said_with_those_who_are_refused(shards: Pa
     """All of them, with why: no configuration, no answer."""
     with pytest.raises(RefusalError) as raised:
         ask(Field([{}, *two(shards, tmp_path)], appear=[1, 1, 1], hung={1}))
-    assert str(raised.value) == (
-        "no node hosts client 0, 1; node 0 is refused: this node's configuration names no clients and no data: "
-        '--node-config \'clients="0,1" data="/path/on/device"\'; node 1 is refused: no answer within 0 s'
-    )
+    first, second, third = str(raised.value).split("; ")
+    assert first == "no node hosts client 0, 1"
+    assert second.startswith("node 0 is refused: this node's configuration names no clients and no data: ")
+    assert third.startswith("node 1 is refused: no answer within 0 s ")
 
 
 def test_another_version_is_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
