@@ -73,7 +73,7 @@ class Devices:
             new = sorted(set(self.grid.get_node_ids()) - asked)
             asked.update(new)
             open_questions |= self._send(config, dict.fromkeys(new, question))
-            for node, answer in self._answers(open_questions).items():
+            for node, answer in self._answers(open_questions, config.run.clients).items():
                 if isinstance(answer, str):
                     refused[node] = answer
                     _log.error("fedkd: node %s is refused: %s", node, answer)
@@ -101,8 +101,13 @@ class Devices:
         names = self.grid.push_messages(messages) if messages else ()
         return {name: node for name, node in zip(names, questions, strict=False) if name}
 
-    def _answers(self, open_questions: dict[str, int]) -> dict[int, Description | str]:
-        """Return the answers that are there, and close their questions: descriptions, or why a node takes no part."""
+    def _answers(self, open_questions: dict[str, int], clients: int) -> dict[int, Description | str]:
+        """Return the answers that are there, and close their questions: descriptions, or why a node takes no part.
+
+        Args:
+            open_questions: nodes by the messages' numbers.
+            clients: of the run.
+        """
         answers: dict[int, Description | str] = {}
         for reply in self.grid.pull_messages(set(open_questions)) if open_questions else ():
             node = open_questions.pop(reply.metadata.reply_to_message_id, None)
@@ -113,7 +118,7 @@ class Devices:
                 continue
             try:
                 described, why = protocol.read_answer(reply)
-                answers[node] = why or Description.parse(described, config.run.clients)
+                answers[node] = why or Description.parse(described, clients)
             except PayloadError as error:
                 answers[node] = f"its answer cannot be read: {error}"
         return answers
@@ -125,7 +130,7 @@ class Devices:
             _log.error("fedkd: node %s is refused: %s", node, why)
         deadline = time.monotonic() + TELL_SECONDS
         while wait and told:
-            self._answers(told)
+            self._answers(told, config.run.clients)
             if not told or time.monotonic() >= deadline:
                 break
             time.sleep(LOOK_SECONDS)

@@ -235,7 +235,7 @@ def test_devices_die_hang_and_come_back(base: Path) -> None:
     data = deal(Config.from_flat(keys), base, 3)
     with Lab(base, 3, 3, data, forked=[0, 2]) as lab:
         out = base / "run"
-        command = begin(lab, "fedavg", out, keys)
+        command = begin(lab, "scaffold", out, keys)
         wait_for(lambda: len(rounds(out)) >= 1 and is_training(lab, 2), lab, command)
         lab.signal(2, signal.SIGSTOP)
         lab.kill(1)
@@ -300,7 +300,7 @@ def again(done: list[dict[str, Any]], data: list[Path], folder: Path, keys: Keys
     devices = [
         {"clients": str(k), "data": str(home), "state": str(folder / f"state{k}")} for k, home in enumerate(data)
     ]
-    config = deployed("fedavg", folder / "run", {**keys, "run.rounds": len(done), "run.on-failure": "drop"})
+    config = deployed("scaffold", folder / "run", {**keys, "run.rounds": len(done), "run.on-failure": "drop"})
     inline.run_apps(server_app, app, config, devices=devices)
     return Run.open(folder / "run").rows("rounds")
 
