@@ -238,7 +238,6 @@ def _worker(config: str, run_id: int, node: NodeKeys | None, run: str) -> Worker
         run: the name under which a device keeps its clients' states.
     """
     single_thread()
-    gc.unfreeze()  # else nothing of the worker before this one would ever go
     gc.collect()
     gc.freeze()  # what is loaded by now stays, so the collector need not walk it again in every round
     read = Config.read(config)

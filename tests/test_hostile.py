@@ -538,20 +538,24 @@ class Described:
 
     def __init__(self, answers: dict[int, dict[str, Any]]) -> None:
         self._answers = answers
+        self._replies: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterator[int]:
         """Return the nodes."""
         return iter(self._answers)
 
-    def send_and_receive(self, messages: list[Message], *, timeout: float) -> list[Message]:
+    def push_messages(self, messages: list[Message]) -> list[str]:
         """Answer."""
-        del timeout
-        replies = []
-        for number, message in enumerate(messages):
-            message.metadata.__dict__["_message_id"] = str(number)
+        for message in messages:
+            number = str(message.metadata.dst_node_id)
+            message.metadata.__dict__["_message_id"] = number
             said = json.dumps(self._answers[message.metadata.dst_node_id])
-            replies.append(Message(protocol.answer(said), reply_to=message))
-        return replies
+            self._replies[number] = Message(protocol.answer(said), reply_to=message)
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, names: set[str]) -> list[Message]:
+        """Return the answers."""
+        return [self._replies.pop(name) for name in sorted(names) if name in self._replies]
 
 
 def test_why_a_node_does_not_take_part_is_one_line() -> None:
