@@ -138,7 +138,8 @@ class FederatedStrategy(Strategy):
             rows.extend(said)
 
         self._collect(MessageType.TRAIN, replies, read)
-        for client, why in robust.refused(config, self._broadcast, updates).items():
+        long = {} if self._sum else robust.refused(config, self._broadcast, updates)
+        for client, why in long.items():
             self._drop(MessageType.TRAIN, [client], PayloadError(why))
             del updates[client]
             rows = [row for row in rows if row["client"] != client]
@@ -333,8 +334,7 @@ class FederatedStrategy(Strategy):
         """
         if answered < (fewest := min(self.setup.config.run.min_clients, asked)):
             whys = "; ".join(each["why"] for each in self._dropped)
-            said = f"{answered} of {asked} clients answered, and run.min-clients = {fewest}: {whys}"
-            raise RoundError(said + _to_blame(self.state))
+            raise RoundError(f"{answered} of {asked} clients answered, and run.min-clients = {fewest}: {whys}")
 
     def _drop(self, exchange: str, clients: list[int], error: Exception) -> None:
         """Go on without some clients, or raise the error where that is not wanted."""
@@ -405,21 +405,6 @@ def drops(config: Config, method: Method, state: Record) -> bool:
         who = "privacy" if config.privacy.on else method.name
         raise UserError(f"run.on-failure = 'drop': {who} needs an update from every client of a round; take fail")
     return wanted == "drop" or (wanted == "auto" and config.data.partition == "devices" and not needs_all)
-
-
-BEYOND_TRAINING = 1000.0
-"""A magnitude of numbers in the server's state from which on it is likely that they are no result of training."""
-
-
-def _to_blame(state: Record) -> str:
-    """Say so if clients that failed were likely given nothing that can be trained: then it was not their fault."""
-    floats = [value.abs().max() for value in state.tensors().values() if value.is_floating_point() and value.numel()]
-    if (largest := float(max(floats, default=0.0))) < BEYOND_TRAINING:
-        return ""
-    return (
-        f"; the server's own numbers are as large as {largest:.1e}, so an update of an earlier round, and none of "
-        "these clients, may be to blame; aggregation.refuse-norm keeps such updates out of an average"
-    )
 
 
 _SAID = {

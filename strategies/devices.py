@@ -19,7 +19,10 @@ from fedkd.payload import PayloadError
 from strategies.base import listed
 
 WAIT_SECONDS, LOOK_SECONDS = 60.0, 0.5
-"""How long to wait for nodes and their answers while clients are missing, and how often to look."""
+"""How long to wait for nodes while clients are missing, and how often to look."""
+AGAIN_SECONDS, PATIENCE = 20.0, 3
+"""How often a silent node is asked again while clients are missing, and how many times longer its answer is waited for:
+a question can be lost with what a node was doing for a run that has just been stopped."""
 TELL_SECONDS = 20.0
 """How long a run that cannot start waits until the nodes to blame have heard of it; they look every few seconds."""
 
@@ -67,12 +70,16 @@ class Devices:
         open_questions: dict[str, int] = {}
         found: dict[int, Description] = {}
         refused: dict[int, str] = {}
-        deadline = time.monotonic() + WAIT_SECONDS
+        began = asked_at = time.monotonic()
         while True:
-            last_look = time.monotonic() >= deadline
-            new = sorted(set(self.grid.get_node_ids()) - asked)
-            asked.update(new)
-            open_questions |= self._send(config, dict.fromkeys(new, question))
+            now, nodes = time.monotonic(), set(self.grid.get_node_ids())
+            silent = asked - found.keys() - refused.keys()
+            last_look = now >= began + WAIT_SECONDS * (PATIENCE if silent else 1)
+            new = nodes - asked
+            if now >= asked_at + AGAIN_SECONDS:
+                new, asked_at = new | (nodes & silent), now
+            asked |= new
+            open_questions |= self._send(config, dict.fromkeys(sorted(new), question))
             for node, answer in self._answers(open_questions, config.run.clients).items():
                 if isinstance(answer, str):
                     refused[node] = answer
@@ -85,12 +92,13 @@ class Devices:
             if complete or last_look:
                 break
             time.sleep(LOOK_SECONDS)
-        late = f"no answer within {WAIT_SECONDS:g} s (`fedkd deploy check` on it reads its data beforehand)"
-        silent = dict.fromkeys(asked - found.keys() - refused.keys(), late)
-        if complete and silent:
-            _log.warning("fedkd: not waited for, since nobody needs them: node %s", listed(sorted(silent)))
+        seconds = time.monotonic() - began
+        late = f"no answer within {seconds:.0f} s (`fedkd deploy check` on it reads its data beforehand)"
+        mute = dict.fromkeys(asked - found.keys() - refused.keys(), late)
+        if complete and mute:
+            _log.warning("fedkd: not waited for, since nobody needs them: node %s", listed(sorted(mute)))
         self._tell(config, unfit, wait=not complete)
-        return federation(config, found, refused | unfit | silent)
+        return federation(config, found, refused | unfit | mute)
 
     def _send(self, config: Config, questions: Mapping[int, protocol.Question]) -> dict[str, int]:
         """Send a question to each node, and return the nodes by the messages' numbers, without those that cannot go."""

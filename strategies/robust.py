@@ -6,9 +6,13 @@ with them; median and trimmed mean take the place of its average (:func:`strateg
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
@@ -82,20 +86,49 @@ def single(method: Method, state: Record) -> list[str]:
     return [name for kind in kinds if kind for name, spec in kind.specs().items() if "cohort" in spec.shape]
 
 
+FAR = 1000.0
+"""How many times as long as the round's usual model a client's may be, where no setting bounds it: what honest clients
+send is within a few times, so nothing that was learnt is refused."""
+
+
 def refused(config: Config, broadcast: Record, updates: Mapping[int, Record]) -> dict[int, str]:
-    """Return why updates are refused for their length (``aggregation.refuse-norm``), by client; nothing without it.
+    """Return why updates are refused for their length, by client.
+
+    With ``aggregation.refuse-norm`` that bounds the change of the model.  With no setting of ``[aggregation]`` or
+    ``[privacy]`` a model may be :data:`FAR` times as long as is usual in the round.  The other settings have their own
+    way with long updates, and get them all.
 
     Args:
         broadcast: what the clients started from.
         updates: of the clients that answered.
     """
-    most = config.aggregation.refuse_norm
-    norms = {client: length(update, broadcast) for client, update in updates.items()} if most else {}
+    asked = config.aggregation
+    if most := asked.refuse_norm:
+        norms = {client: length(update, broadcast) for client, update in updates.items()}
+        why = f"changes the model by {{:.6g}}, and aggregation.refuse-norm = {most:g}"
+    elif asked != AggregationSection() or config.privacy.on:
+        return {}
+    else:
+        norms, usual = _lengths(broadcast, updates)
+        most = FAR * usual or math.inf
+        why = f"is a model of length {{:.3g}}, where {usual:.3g} is usual: it diverged, or is hostile"
     return {
-        client: f"the update of client {client} changes the model by {norm:.6g}, and aggregation.refuse-norm = {most:g}"
-        for client, norm in norms.items()
-        if norm > most
+        client: f"the update of client {client} {why.format(norm)}" for client, norm in norms.items() if norm > most
     }
+
+
+def _lengths(broadcast: Record, updates: Mapping[int, Record]) -> tuple[dict[int, float], float]:
+    """Return the length of each client's model, and the usual one: the median's, or the sent model's if that is longer.
+
+    Fewer than half of the clients cannot move the median; of fewer than three there is none.
+    """
+    lengths = {client: _length(update) for client, update in updates.items() if hasattr(update, "parameters")}
+    median = statistics.median_low(lengths.values()) if len(lengths) > 2 else 0.0
+    return lengths, max(median, _length(broadcast) if hasattr(broadcast, "parameters") else 0.0)
+
+
+def _length(record: Any) -> float:
+    return float(torch.linalg.vector_norm(record.parameters))
 
 
 def screened(config: Config, broadcast: Record, updates: dict[int, Record]) -> dict[int, Record]:

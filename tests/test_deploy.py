@@ -353,14 +353,24 @@ def test_a_refused_node_does_not_stop_those_that_have_all_clients(shards: Path, 
 
 
 class Field(inline.LoopbackGrid):
-    """Nodes that appear at a certain look; some never answer, and none does when it is told that it is refused."""
+    """Nodes that appear at a certain look; some never answer, and none does when it is told that it is refused.
 
-    def __init__(self, devices: Sequence[UserConfig], appear: Sequence[int], hung: Container[int] = ()) -> None:
+    Args:
+        devices: the nodes' configurations.
+        appear: at which look each of them is there.
+        hung: those that never answer.
+        lost: those that lose the first question.
+    """
+
+    def __init__(
+        self, devices: Sequence[UserConfig], appear: Sequence[int], hung: Container[int] = (), lost: Iterable[int] = ()
+    ) -> None:
         contexts = {node: Context(1, node, own, RecordDict(), {}) for node, own in enumerate(devices)}
         super().__init__(clients.app.app, contexts)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         self.appear, self.hung, self.looks = appear, hung, 0
         self.told: list[int] = []
+        self.lost = set(lost)
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that have appeared by now."""
@@ -376,8 +386,9 @@ class Field(inline.LoopbackGrid):
             refused = bool(protocol.Question.read(message).refused)
             if refused:
                 self.told.append(node)
-            if refused or node in self.hung:
+            if refused or node in self.hung or node in self.lost:
                 self._replies.pop(name)
+                self.lost.discard(node)
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -416,6 +427,13 @@ def test_a_hung_spare_node_does_not_stall_the_start(
     with caplog.at_level(logging.WARNING, "flwr"):
         assert ask(grid).nodes == (1, 1, 2, 2)
     assert "not waited for, since nobody needs them: node 0" in caplog.text
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_silent_node_is_asked_again(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question can be lost with what a node was doing for a run that has just been stopped."""
+    monkeypatch.setattr(strategies.devices, "AGAIN_SECONDS", 0.0)
+    assert ask(Field(two(shards, tmp_path), appear=[1, 1], lost={0, 1})).nodes == (0, 0, 1, 1)
 
 
 @pytest.mark.usefixtures("patient")
