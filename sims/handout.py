@@ -240,7 +240,9 @@ same way. Flower's own command does as well; what it runs is then in `{STATE}/fe
 
 ## A rehearsal on one machine
 
-With Docker Compose, the wheel beside this file, and a folder `data` beside it with the data of all clients:
+In place of the steps above, and in a folder that `fedkd deploy init` has written for it alone, since Compose runs as
+the user who wrote it: with Docker Compose, the wheel beside this file, and a folder `data` beside it with the data of
+all clients:
 
 ```
 cd {here}

@@ -407,7 +407,7 @@ def drops(config: Config, method: Method, state: Record) -> bool:
     return wanted == "drop" or (wanted == "auto" and config.data.partition == "devices" and not needs_all)
 
 
-_SAID = {
+SILENT = {
     ErrorCode.MESSAGE_UNAVAILABLE: "no answer in time",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer in time",
     ErrorCode.NODE_UNAVAILABLE: "the node is gone, it gives no sign of life",
@@ -417,8 +417,8 @@ _SAID = {
 
 def _said(error: Error) -> str:
     """Return what the client said: the line that names it, out of the traces that Ray and Flower wrap around it."""
-    if error.code in _SAID:
-        return _SAID[error.code]
+    if error.code in SILENT:
+        return SILENT[error.code]
     reason = error.reason or "no reason given"
     named = re.findall(r"ClientError(?:: |'>:<')(client .*?)(?:'>)?$", reason, re.MULTILINE)
     return str(named[-1]) if named else reason.partition("\n")[0]

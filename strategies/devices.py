@@ -16,11 +16,11 @@ from fedkd import __version__, protocol
 from fedkd.config import Config
 from fedkd.data.devices import Description, Federation
 from fedkd.payload import PayloadError
-from strategies.base import listed
+from strategies.base import SILENT, listed
 
 WAIT_SECONDS, LOOK_SECONDS = 60.0, 0.5
 """How long to wait for nodes while clients are missing, and how often to look."""
-AGAIN_SECONDS, PATIENCE = 20.0, 3
+AGAIN_SECONDS, PATIENCE = 60.0, 3
 """How often a silent node is asked again while clients are missing, and how many times longer its answer is waited for:
 a question can be lost with what a node was doing for a run that has just been stopped."""
 TELL_SECONDS = 20.0
@@ -81,11 +81,12 @@ class Devices:
             asked |= new
             open_questions |= self._send(config, dict.fromkeys(sorted(new), question))
             for node, answer in self._answers(open_questions, config.run.clients).items():
-                if isinstance(answer, str):
+                if not isinstance(answer, str):
+                    found[node] = answer
+                    refused.pop(node, None)  # it was silent for a while, and its first question is over
+                elif node not in found:
                     refused[node] = answer
                     _log.error("fedkd: node %s is refused: %s", node, answer)
-                else:
-                    found[node] = answer
             unfit = judge(found)
             hosted = {c for node, answer in found.items() if node not in unfit for c in answer.fingerprints}
             complete = hosted.issuperset(range(config.run.clients))
@@ -102,8 +103,9 @@ class Devices:
 
     def _send(self, config: Config, questions: Mapping[int, protocol.Question]) -> dict[str, int]:
         """Send a question to each node, and return the nodes by the messages' numbers, without those that cannot go."""
+        ttl = max(config.run.timeout, PATIENCE * WAIT_SECONDS)
         messages = [
-            Message(question.content(), dst_node_id=node, message_type=MessageType.QUERY, ttl=config.run.timeout)
+            Message(question.content(), dst_node_id=node, message_type=MessageType.QUERY, ttl=ttl)
             for node, question in questions.items()
         ]
         names = self.grid.push_messages(messages) if messages else ()
@@ -122,7 +124,8 @@ class Devices:
             if node is None:
                 continue
             if reply.has_error():
-                answers[node] = reply.error.reason or "it failed and gave no reason"
+                if reply.error.code not in SILENT:
+                    answers[node] = reply.error.reason or "it failed and gave no reason"
                 continue
             try:
                 described, why = protocol.read_answer(reply)

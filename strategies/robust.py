@@ -6,10 +6,8 @@ with them; median and trimmed mean take the place of its average (:func:`strateg
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,16 +85,16 @@ def single(method: Method, state: Record) -> list[str]:
 
 
 FAR = 1000.0
-"""How many times as long as the round's usual model a client's may be, where no setting bounds it: what honest clients
-send is within a few times, so nothing that was learnt is refused."""
+"""How many times as long as is usual in its round a vector of an update may be, where no setting bounds it: what
+clients whose training converges send is within a few times."""
 
 
 def refused(config: Config, broadcast: Record, updates: Mapping[int, Record]) -> dict[int, str]:
     """Return why updates are refused for their length, by client.
 
     With ``aggregation.refuse-norm`` that bounds the change of the model.  With no setting of ``[aggregation]`` or
-    ``[privacy]`` a model may be :data:`FAR` times as long as is usual in the round.  The other settings have their own
-    way with long updates, and get them all.
+    ``[privacy]`` each vector of an update may be :data:`FAR` times as long as is usual in the round.  The other
+    settings have their own way with long updates, and get them all.
 
     Args:
         broadcast: what the clients started from.
@@ -105,30 +103,41 @@ def refused(config: Config, broadcast: Record, updates: Mapping[int, Record]) ->
     asked = config.aggregation
     if most := asked.refuse_norm:
         norms = {client: length(update, broadcast) for client, update in updates.items()}
-        why = f"changes the model by {{:.6g}}, and aggregation.refuse-norm = {most:g}"
-    elif asked != AggregationSection() or config.privacy.on:
+        said = "the update of client {} changes the model by {:.6g}, and aggregation.refuse-norm = {:g}"
+        return {client: said.format(client, norm, most) for client, norm in norms.items() if norm > most}
+    if asked != AggregationSection() or config.privacy.on:
         return {}
-    else:
-        norms, usual = _lengths(broadcast, updates)
-        most = FAR * usual or math.inf
-        why = f"is a model of length {{:.3g}}, where {usual:.3g} is usual: it diverged, or is hostile"
-    return {
-        client: f"the update of client {client} {why.format(norm)}" for client, norm in norms.items() if norm > most
-    }
+    return _outsized(broadcast, updates)
 
 
-def _lengths(broadcast: Record, updates: Mapping[int, Record]) -> tuple[dict[int, float], float]:
-    """Return the length of each client's model, and the usual one: the median's, or the sent model's if that is longer.
+def _outsized(broadcast: Record, updates: Mapping[int, Record]) -> dict[int, str]:
+    """Return why updates are refused for vectors that are too long beside the others', by client.
 
-    Fewer than half of the clients cannot move the median; of fewer than three there is none.
+    Usual is the median's length, or that of the round's model if it is longer: gradients and the like are short beside
+    it, and most clients' may all but vanish.  The round's model is the median's or the one that was sent.  Fewer than
+    half of the clients cannot move a median; of fewer than three there is none.
     """
-    lengths = {client: _length(update) for client, update in updates.items() if hasattr(update, "parameters")}
-    median = statistics.median_low(lengths.values()) if len(lengths) > 2 else 0.0
-    return lengths, max(median, _length(broadcast) if hasattr(broadcast, "parameters") else 0.0)
+    specs = next(iter(updates.values())).specs() if updates else {}
+    lengths = {
+        name: {client: _length(update, name) for client, update in updates.items()}
+        for name, spec in specs.items()
+        if spec.dtype.is_floating_point
+    }
+    medians = {name: statistics.median_low(of.values()) if len(of) > 2 else 0.0 for name, of in lengths.items()}
+    model = max(medians.get("parameters", 0.0), _length(broadcast, "parameters"))
+    why: dict[int, str] = {}
+    for name, of in lengths.items():
+        usual = max(medians[name], model)
+        for client, found in of.items():
+            if usual and found > FAR * usual:
+                said = f"the update of client {client} has {name} of length {found:.3g}, where {usual:.3g} is usual"
+                why.setdefault(client, f"{said}: it diverged, or is hostile")
+    return why
 
 
-def _length(record: Any) -> float:
-    return float(torch.linalg.vector_norm(record.parameters))
+def _length(record: Record, name: str) -> float:
+    """Return the length of a field, zero if there is none of this name."""
+    return float(torch.linalg.vector_norm(getattr(record, name, torch.zeros(0))))
 
 
 def screened(config: Config, broadcast: Record, updates: dict[int, Record]) -> dict[int, Record]:

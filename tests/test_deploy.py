@@ -20,8 +20,10 @@ import psutil
 import pytest
 from conftest import tiny
 from flwr.app import Context, Message, RecordDict
+from flwr.app.error import Error
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 from lab import free_port
 from PIL import Image
@@ -360,17 +362,23 @@ class Field(inline.LoopbackGrid):
         appear: at which look each of them is there.
         hung: those that never answer.
         lost: those that lose the first question.
+        late: whether Flower says that the lost ones are over.
     """
 
     def __init__(
-        self, devices: Sequence[UserConfig], appear: Sequence[int], hung: Container[int] = (), lost: Iterable[int] = ()
+        self,
+        devices: Sequence[UserConfig],
+        appear: Sequence[int],
+        hung: Container[int] = (),
+        lost: Iterable[int] = (),
+        late: bool = False,
     ) -> None:
         contexts = {node: Context(1, node, own, RecordDict(), {}) for node, own in enumerate(devices)}
         super().__init__(clients.app.app, contexts)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         self.appear, self.hung, self.looks = appear, hung, 0
         self.told: list[int] = []
-        self.lost = set(lost)
+        self.lost, self.late = set(lost), late
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that have appeared by now."""
@@ -388,7 +396,11 @@ class Field(inline.LoopbackGrid):
                 self.told.append(node)
             if refused or node in self.hung or node in self.lost:
                 self._replies.pop(name)
+            if node in self.lost:
                 self.lost.discard(node)
+                if self.late:
+                    error = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "expired")
+                    self._replies[name] = Message(error, reply_to=message)
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -430,10 +442,31 @@ def test_a_hung_spare_node_does_not_stall_the_start(
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_silent_node_is_asked_again(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question can be lost with what a node was doing for a run that has just been stopped."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_silent_node_is_asked_again(
+    late: bool, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question can be lost with what a node was doing for a run that has just been stopped; that is no refusal."""
     monkeypatch.setattr(strategies.devices, "AGAIN_SECONDS", 0.0)
-    assert ask(Field(two(shards, tmp_path), appear=[1, 1], lost={0, 1})).nodes == (0, 0, 1, 1)
+    assert ask(Field(two(shards, tmp_path), appear=[1, 1], lost={0, 1}, late=late)).nodes == (0, 0, 1, 1)
+
+
+@pytest.mark.usefixtures("patient")
+def test_what_a_node_says_of_its_data_outweighs_what_went_wrong_before(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two questions to a node that is slow: one fails, the other is answered, in either order."""
+    grid = Field(two(shards, tmp_path), appear=[1, 1])
+    devices, good = Devices(PromptGrid(grid), ["fedavg"]), Devices._answers
+    config = tiny(**{**TWO, "data.partition": "devices"})
+
+    def both(self: Devices, questions: dict[str, int], clients: int) -> dict[int, Any]:
+        bad = dict.fromkeys(questions.values(), "it failed and gave no reason")
+        return bad if not looks.pop(0) else good(self, questions, clients)
+
+    monkeypatch.setattr(Devices, "_answers", both)
+    looks = [False, True]
+    assert devices.federation(config).nodes == (0, 0, 1, 1)
 
 
 @pytest.mark.usefixtures("patient")

@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 import clients.app
 from fedkd import protocol
 from fedkd.config import Scalar
+from fedkd.method import load
 from fedkd.methods.fedavg import Broadcast, Update
 from fedkd.payload import PayloadError
 from fedkd.results import Run
@@ -403,8 +404,51 @@ def test_a_model_that_is_too_long_beside_the_others_is_refused(change: Any, meth
     assert states(run) == states(silent)
     for dropped in run.rows("rounds")[BAD_ROUND - 1]["dropped"]:
         (client,) = dropped["clients"]
-        assert dropped["why"].startswith(f"the update of client {client} is a model of length ")
+        assert dropped["why"].startswith(f"the update of client {client} has parameters of length ")
         assert "it diverged, or is hostile" in dropped["why"]
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [
+        ("scaffold", "control_change"),
+        ("fedproto", "prototypes"),
+        ("feddistill", "outputs"),
+        ("fedavg", "statistics"),
+        ("fedd2s", "soft_labels"),
+    ],
+)
+def test_so_is_whatever_else_a_method_sends(method: str, field: str, tmp_path: Path) -> None:
+    """What is no model can ruin one as well: the clients' next steps go along it."""
+    shares_models = "parameters" in load(method).Update.specs()
+    keys = CONVOLUTIONS | ({} if shares_models else {"model.norm-statistics": "personal"})
+    run = run_with(tmp_path / "run", method, array(lambda v: np.full_like(v, 1e9), field), **keys)
+    silent = run_with(tmp_path / "silent", method, fails, **keys)
+    assert states(run) == states(silent)
+    dropped = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
+    assert dropped
+    for each in dropped:
+        assert each["why"].startswith(f"the update of client {each['clients'][0]} has {field} of length ")
+
+
+def test_methods_that_need_everybody_end_and_name_the_client(tmp_path: Path) -> None:
+    """PGFed sends everybody's gradients on, so one that is too long ends the run before anybody gets it."""
+    breaks = array(lambda v: np.full_like(v, 1e9), "gradient")
+    with pytest.raises(PayloadError, match=r"the update of client \d has gradient of length"):
+        run_with(tmp_path / "run", "pgfed", breaks, **{"run.on-failure": "fail"})
+
+
+def test_small_gradients_are_no_measure() -> None:
+    """Most clients may have converged, and one has not: it is compared with the model, not with their nothing."""
+    kind = load("scaffold").Update
+
+    def update(change: float) -> Any:
+        fields = {"parameters": torch.ones(4), "statistics": torch.zeros(0), "control_change": torch.full((4,), change)}
+        return kind(**fields, examples=torch.tensor(1))
+
+    sent = Broadcast(torch.ones(4), torch.zeros(0))
+    assert not robust.refused(tiny("scaffold"), sent, {0: update(1e-9), 1: update(1e-9), 2: update(1.0)})
+    assert list(robust.refused(tiny("scaffold"), sent, {0: update(1e-9), 1: update(1e-9), 2: update(1e4)})) == [2]
 
 
 def test_rules_get_long_updates_as_they_are(tmp_path: Path) -> None:
