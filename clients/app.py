@@ -11,10 +11,8 @@ import gc
 import importlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -78,26 +76,29 @@ def train(message: Message, context: Context) -> Message:
     broadcast = worker.broadcast(message)
     personal = worker.personal(message, order.clients)
     pooled = Total(worker.config, worker.sum) if worker.sum else None
-    updates, rows = [], []
-    for client, version in zip(order.clients, order.versions, strict=True):
+    updates: list[Record] = []
+
+    def trained(client: int, version: int) -> protocol.Row:
         began = time.perf_counter()
-        with _named(client):
-            state = worker.state(client, version)
-            job = worker.job(order.round, client, personal.get(client), version)
-            update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
-            update.check(worker.setup.sizes, "the client")
-            update = clipped(update, broadcast, worker.config.privacy.clip_norm) if worker.config.privacy.on else update
-            new_state.check(worker.setup.of(client).sizes, "the client")
-            worker.store.save(new_state, client, order.round, version)
-            if pooled:
-                pooled.add(update, client)
-            else:
-                updates.append(update)
-        row: dict[str, Any] = {"client": client, "examples": len(worker.shard(client, "train"))}
+        state = worker.state(client, version)
+        job = worker.job(order.round, client, personal.get(client), version)
+        update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
+        update.check(worker.setup.sizes, "the client")
+        update = clipped(update, broadcast, worker.config.privacy.clip_norm) if worker.config.privacy.on else update
+        new_state.check(worker.setup.of(client).sizes, "the client")
+        worker.store.save(new_state, client, order.round, version)
+        if pooled:
+            pooled.add(update, client)
+        else:
+            updates.append(update)
+        row: protocol.Row = {"client": client, "examples": len(worker.shard(client, "train"))}
         for name, (total, weight) in metrics.items():
             row[f"{name}_sum"], row[f"{name}_weight"] = total, weight
-        rows.append(row | {"seconds": time.perf_counter() - began})
-    return Message(protocol.reply(rows, updates=pack([pooled.record()] if pooled else updates)), reply_to=message)
+        return row | {"seconds": time.perf_counter() - began}
+
+    rows, failed = _each(order, trained)
+    sent = [pooled.record()] if pooled and rows else updates
+    return Message(protocol.reply(rows, failed, pack(sent) if sent else None), reply_to=message)
 
 
 @app.evaluate()
@@ -106,23 +107,23 @@ def evaluate(message: Message, context: Context) -> Message:
     order = protocol.read_order(message)
     worker = _worker_of(order, context)
     broadcast = worker.broadcast(message, worker.method.Scoring)
-    rows = []
-    for client, version in zip(order.clients, order.versions, strict=True):
-        with _named(client):
-            state = worker.state(client, version)
-            train, test = worker.shard(client, "train"), worker.shard(client, "test")
-            job = worker.job(order.round, client, last_round=version)
-            models: Models = worker.half.models(job, broadcast, state, train)
-            row: dict[str, Any] = {"client": client, "total": len(test)}
-            for kind, model in (("global", models.shared), ("personal", models.personal)):
-                if model is not None:
-                    row[f"{kind}_correct"], row[f"{kind}_loss_sum"] = _score(model, test)
-        rows.append(row)
-    return Message(protocol.reply(rows), reply_to=message)
+
+    def scored(client: int, version: int) -> protocol.Row:
+        state = worker.state(client, version)
+        train, test = worker.shard(client, "train"), worker.shard(client, "test")
+        job = worker.job(order.round, client, last_round=version)
+        models: Models = worker.half.models(job, broadcast, state, train)
+        row: protocol.Row = {"client": client, "total": len(test)}
+        for kind, model in (("global", models.shared), ("personal", models.personal)):
+            if model is not None:
+                row[f"{kind}_correct"], row[f"{kind}_loss_sum"] = _score(model, test)
+        return row
+
+    return Message(protocol.reply(*_each(order, scored)), reply_to=message)
 
 
 class ClientError(RuntimeError):
-    """A client failed; the message names it."""
+    """An order cannot be followed; the message names its clients."""
 
 
 _ADVICE = {
@@ -132,15 +133,34 @@ _ADVICE = {
 """What a user can do about errors of PyTorch, by how they begin."""
 
 
-@contextmanager
-def _named(client: int) -> Iterator[None]:
-    """Say whose error it is."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, PayloadError | UserError) else f"{type(error).__name__}: "
-        advice = "".join(text for begin, text in _ADVICE.items() if str(error).startswith(begin))
-        raise ClientError(f"client {client}: {kind}{error}{advice}") from error
+def _each(
+    order: protocol.Order, serve: Callable[[int, int], protocol.Row]
+) -> tuple[list[protocol.Row], dict[int, str]]:
+    """Serve the clients of an order one after another; one that fails keeps nobody else from being served.
+
+    Args:
+        serve: takes a client and the version of its state.
+
+    Returns:
+        The rows of those that were served, and why the others were not.
+    """
+    rows, failed = list[protocol.Row](), dict[int, str]()
+    for client, version in zip(order.clients, order.versions, strict=True):
+        try:
+            rows.append(serve(client, version))
+        except Exception as error:  # whatever it is, the server has to hear whose it is
+            failed[client], foreseen = _said(error)
+            level, trace = (logging.INFO, None) if foreseen else (logging.ERROR, error)
+            _log.log(level, "fedkd: client %d failed: %s", client, failed[client], exc_info=trace)
+    return rows, failed
+
+
+def _said(error: Exception) -> tuple[str, bool]:
+    """Return what a user is told of an error, and whether that says it all."""
+    if isinstance(error, PayloadError | UserError):
+        return str(error), True
+    advice = "".join(text for begin, text in _ADVICE.items() if str(error).startswith(begin))
+    return f"{type(error).__name__}: {error}{advice}", bool(advice)
 
 
 def _score(model: Callable[[], Predictor], test: Shard) -> tuple[int, float]:

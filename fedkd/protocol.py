@@ -2,7 +2,8 @@
 
 An order holds ``order`` (the configuration, round and client numbers), ``broadcast`` (the payload, once per node) and,
 for methods that have them, ``personal`` (stacked payloads, one for each of the clients).
-A reply holds ``rows`` (JSON, one object of metrics per client) and, after training, ``updates`` (stacked payloads).
+A reply holds ``rows`` (JSON, one object of metrics per client), ``failed`` (JSON, why other clients have none) and,
+after training, ``updates`` (stacked payloads).
 
 On devices the server asks every node once, before the first round: a question holds the configuration, the version of
 fedkd and the methods that will run; the answer is the node's description of its data, or why it does not take part.
@@ -11,7 +12,8 @@ fedkd and the methods that will run; the answer is the node's description of its
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -103,9 +105,17 @@ def read_json(text: object, what: str) -> Any:
         raise PayloadError(f"{what} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def reply(rows: Sequence[Row], updates: ArrayRecord | None = None) -> RecordDict:
-    """Build the content of a reply."""
-    content = RecordDict({"reply": ConfigRecord({"rows": json.dumps(list(rows))})})
+def reply(
+    rows: Sequence[Row], failed: Mapping[int, str] | None = None, updates: ArrayRecord | None = None
+) -> RecordDict:
+    """Build the content of a reply.
+
+    Args:
+        rows: of the clients that were served, in the order that was asked for.
+        failed: why the others were not.
+        updates: of the clients with rows.
+    """
+    content = RecordDict({"reply": ConfigRecord({"rows": json.dumps(list(rows)), "failed": json.dumps(failed or {})})})
     if updates is not None:
         content["updates"] = updates
     return content
@@ -135,6 +145,25 @@ def read_rows(message: Message, exchange: str = "") -> list[Row]:
     for row in rows:
         _check_row(row, exchange)
     return cast(list[Row], rows)
+
+
+def read_failed(message: Message) -> dict[int, str]:
+    """Read why clients have no row in a reply, by client.
+
+    Raises:
+        PayloadError: it is no JSON object of texts by number.
+    """
+    read = read_json(_said(message, "reply").get("failed"), "the failures of a reply")
+    if not isinstance(read, dict) or not all(
+        re.fullmatch("[0-9]{1,15}", name) and isinstance(why, str) for name, why in read.items()
+    ):
+        raise PayloadError("the failures of a reply cannot be read: they are no texts by number")
+    return {int(name): line(why) for name, why in read.items()}
+
+
+def line(text: str) -> str:
+    """Return a text that came over the network as one line of bounded length, whatever it holds."""
+    return " ".join(text.split())[:500]
 
 
 def _check_row(row: Any, exchange: str) -> None:
@@ -214,4 +243,4 @@ def read_answer(message: Message) -> tuple[str, str]:
     description, refused = record.get("description"), record.get("refused")
     if not isinstance(description, str) or not isinstance(refused, str):
         raise PayloadError("the answer of a node cannot be read: it takes description and refused")
-    return description, " ".join(refused.split())[:500]  # a line, whatever it holds
+    return description, line(refused)

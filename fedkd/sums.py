@@ -54,13 +54,14 @@ class Total:
         fields = update.tensors()
         counts = {"examples": int(fields.pop("examples")), "clients": 1}
         weight = counts[self._weight]
-        for name, vector in fields.items():
-            values = vector.cpu()
+        vectors = {name: vector.cpu() for name, vector in fields.items()}
+        for name, values in vectors.items():  # all of them first: the others' sum stays what it is
             if len(values) and max(map(abs, map(float, values.aminmax()))) * weight >= self._most:
                 raise PayloadError(
                     f"{name} of client {client} is too large to be added up: the client diverged; a smaller train.lr "
                     "is the usual cure, else take run.exchange=updates"
                 )
+        for name, values in vectors.items():
             if name not in self._sums:
                 self._sums[name] = torch.zeros(len(values), dtype=torch.float64)
             for part, block in zip(torch.split(self._sums[name], _BLOCK), torch.split(values, _BLOCK), strict=True):

@@ -311,17 +311,22 @@ class FederatedStrategy(Strategy):
                 if reply.has_error():
                     said = _said(reply.error)
                     raise RoundError(f"clients {listed(clients)} failed: {said}")
-                rows = protocol.read_rows(reply, exchange)
-                if [row["client"] for row in rows] != clients:
+                rows, failed = protocol.read_rows(reply, exchange), protocol.read_failed(reply)
+                served = [client for client in clients if client not in failed]
+                if [row["client"] for row in rows] != served or not failed.keys() <= set(clients):
                     raise PayloadError("it is for other clients")
                 for row in rows:
                     self.known.check_row(row)
-                read(clients, reply, rows)
-                answered += len(clients)
+                if served:
+                    read(served, reply, rows)
+                answered += len(served)
             except PayloadError as error:
                 self._drop(exchange, clients, PayloadError(f"the reply for clients {listed(clients)}: {error}"))
             except RoundError as error:
                 self._drop(exchange, clients, error)
+            else:
+                for client, why in failed.items():
+                    self._drop(exchange, [client], RoundError(f"client {client} failed: {why}"))
         if late := sorted(client for clients in asked.values() for client in clients):
             self._drop(exchange, late, RoundError(f"clients {listed(late)} did not answer in time"))
         self._enough(answered, left)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 
@@ -120,7 +120,16 @@ def rows(change: Callable[[list[dict[str, Any]]], Any]) -> Break:
 
     def broken(content: RecordDict) -> None:
         read = json.loads(str(content.config_records["reply"]["rows"]))
-        content["reply"] = ConfigRecord({"rows": json.dumps(change(read) or read)})
+        content.config_records["reply"]["rows"] = json.dumps(change(read) or read)
+
+    return broken
+
+
+def failures(said: str) -> Break:
+    """Return what puts something in the place of why clients failed."""
+
+    def broken(content: RecordDict) -> None:
+        content.config_records["reply"]["failed"] = said
 
     return broken
 
@@ -159,6 +168,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no rows": (without("reply"), "the rows of a reply cannot be read"),
     "rows of others": (rows(lambda r: [{**row, "client": 9} for row in r]), "it is for other clients"),
     "rows in another order": (rows(lambda r: r[::-1]), "it is for other clients"),
+    "failures of nobody": (failures('{"99": "out of battery"}'), "it is for other clients"),
+    "failures that are no texts": (failures('{"0": 1}'), "the failures of a reply cannot be read"),
+    "failures that are not JSON": (failures("no"), "the failures of a reply cannot be read"),
+    "failures of no number": (failures('{"' + "9" * 5000 + '": ""}'), "the failures of a reply cannot be read"),
     "rows of nothing": (rows(lambda r: [{}] * len(r)), "the rows of a reply cannot be read"),
     "a loss that is text": (rows(lambda r: r[0].update(loss_sum="0")), "the rows of a reply cannot be read"),
     "the largest float": (array(lambda v: np.full_like(v, FLOAT_MAX)), "has a value beyond 1.09951e+12"),
@@ -200,7 +213,7 @@ def test_a_broken_reply_ends_the_run_where_that_is_wanted(fault: str, tmp_path: 
 
 @pytest.mark.parametrize("policy", ["drop", "fail"])
 def test_a_client_that_lost_its_state_is_named_and_not_begun_anew(policy: str, tmp_path: Path) -> None:
-    """A device whose folder is gone: the history would be another one, and nobody would know."""
+    """The history would be another one, and nobody would know; the others of its node are trained and scored."""
     lost = []
 
     def loses(content: RecordDict) -> None:
@@ -216,9 +229,9 @@ def test_a_client_that_lost_its_state_is_named_and_not_begun_anew(policy: str, t
         said = (tmp_path / "run" / "error.txt").read_text()
     else:
         dropped = run_with(tmp_path / "run", "scaffold", loses, **keys).rows("rounds")[BAD_ROUND]["dropped"]
-        assert [each["exchange"] for each in dropped] == ["train", "evaluate"]
+        assert [(each["exchange"], each["clients"]) for each in dropped] == [("train", lost), ("evaluate", lost)]
         said = dropped[0]["why"]
-    assert f"client {lost[0]}: the state of client {lost[0]} from round {BAD_ROUND} is lost" in said
+    assert f"client {lost[0]} failed: the state of client {lost[0]} from round {BAD_ROUND} is lost" in said
 
 
 @pytest.mark.parametrize("number", [0, -3, 2**40])

@@ -232,8 +232,25 @@ def test_a_failed_client_fails_the_round_and_is_named(
     """Flower logs a failed client and averages the survivors; a result must not change like that in silence."""
     failing = run_inline("fedavg").rows("rounds")[0]["clients"][1]
     monkeypatch.setattr(fedavg_client, "update", broken(failing))
-    with pytest.raises(RoundError, match=rf"failed: client {failing}\b.*the disk is gone"):
+    with pytest.raises(RoundError, match=rf"client {failing} failed: OSError: the disk is gone"):
         run_inline("fedavg", nodes=nodes, again=True)
+
+
+@pytest.mark.parametrize("exchange", ["updates", "sums"])
+def test_a_failed_client_takes_nobody_with_it(
+    run_inline: RunInline, monkeypatch: pytest.MonkeyPatch, exchange: str
+) -> None:
+    """Whom a round goes on without must not depend on which node a client happens to be on."""
+    keys: dict[str, Scalar] = {"run.on-failure": "drop", "run.exchange": exchange}
+    cohort = run_inline("fedavg", **keys).rows("rounds")[0]["clients"]
+    monkeypatch.setattr(fedavg_client, "update", broken(cohort[1]))
+    runs = [run_inline("fedavg", nodes=nodes, again=True, **keys) for nodes in (1, 3)]
+    first = runs[0].rows("rounds")[0]
+    assert first["clients"] == [client for client in cohort if client != cohort[1]]
+    assert first["dropped"] == [
+        {"exchange": "train", "clients": [cohort[1]], "why": f"client {cohort[1]} failed: OSError: the disk is gone"}
+    ]
+    assert runs[0].digest() == runs[1].digest()
 
 
 def test_a_diverged_client_is_named_and_never_averaged(run_inline: RunInline) -> None:
