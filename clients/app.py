@@ -201,7 +201,8 @@ class Worker:
     def broadcast(self, message: Message, kind: type[Record] | None = None) -> Record:
         """Return the message's broadcast, checked; it is a ``Broadcast`` unless the contract has another kind."""
         kind = kind or self.method.Broadcast
-        return unpack(kind, protocol.arrays(message, "broadcast"), self.setup.sizes, ["the server"])[0]
+        [sent] = unpack(kind, protocol.arrays(message, "broadcast"), self.setup.sizes, [owner := "the server"])
+        return self.setup.check_variances(sent, owner)
 
     def personal(self, message: Message, clients: Sequence[int]) -> dict[int, Record]:
         """Return what the message brings for each client alone, checked; empty for methods without."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,8 +15,10 @@ from fedkd.data import Shard
 from fedkd.errors import UserError
 from fedkd.method import load
 from fedkd.models import FlatModel, StagedModel, build
-from fedkd.payload import Sizes
+from fedkd.payload import PayloadError, Record, Sizes
 from fedkd.rng import Streams
+
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,22 @@ class Setup:
         """Return the set-up with a client's own model."""
         names = self.config.model.assigned
         return self.others.get(names[client % len(names)], self)
+
+    def check_variances(self, record: R, owner: str) -> R:
+        """Return a record that came from elsewhere itself, after comparing its running variances with zero.
+
+        Raises:
+            PayloadError: one is below; BatchNorm would take its root.
+        """
+        for name, spec in record.specs().items():
+            statistics = getattr(record, name)
+            if spec.shape[-1:] in (("statistics",), ("shared_statistics",)) and statistics.numel():
+                for layer, values in self.model.unflatten_statistics(statistics).items():
+                    if layer.endswith("running_var") and (least := float(values.min())) < 0:
+                        raise PayloadError(
+                            f"{type(record).__name__}.{name} of {owner}: {layer} has a variance of {least:g}"
+                        )
+        return record
 
     @property
     def hyper(self) -> Any:

@@ -2,12 +2,13 @@
 
 Versions are named by the round they are from, and the server says which one counts: the last whose update it took.  So
 a round that is replayed sees the state before it, what was trained for a round that went on without the client is never
-seen again, and a state that was lost is an error, not a fresh start.  Files are safetensors (data only, never code) and
-appear whole or not at all.
+seen again, and a state that was lost is an error, not a fresh start.  Files are safetensors (data only, never code),
+each with the versions that count before it, and appear whole or not at all.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fedkd.checkpoints import needed, state_bytes
 from fedkd.errors import UserError
-from fedkd.payload import Record, Sizes
+from fedkd.payload import PayloadError, Record, Sizes
 
 R = TypeVar("R", bound=Record)
 
@@ -41,7 +43,7 @@ class ClientStore:
 
         Raises:
             UserError: the state is not there.
-            PayloadError: it is one of another model.
+            PayloadError: it is one of another model, or of another version of the method.
         """
         if not version:
             return None
@@ -56,7 +58,10 @@ class ClientStore:
                 f"the state of client {client} from round {version} is lost ({where} of the run's states), and a fresh "
                 "one would change the results: put it back, or begin another run"
             ) from None
-        return kind(**tensors).check(sizes, f"client {client} (stored state of round {version})")
+        whose = f"client {client} (stored state of round {version})"
+        if tensors.keys() != shapes.keys():
+            raise PayloadError(f"{kind.__name__} of {whose} has {', '.join(sorted(tensors))}: it is another version's")
+        return kind(**tensors).check(sizes, whose)
 
     def save(self, state: Record, client: int, round: int, version: int) -> None:
         """Write the state after a round, whole or not at all, and drop older ones that no longer count.
@@ -74,22 +79,23 @@ class ClientStore:
             return
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = needed(self._history(client, version), round, self.checkpoint_every) | {version}
         part = path.with_suffix(f".part{os.getpid()}")
-        part.write_bytes(state_bytes(state))
+        part.write_bytes(state_bytes(state, history=json.dumps(sorted(kept - {round}))))
         part.replace(path)
-        versions = self._versions(client)
-        kept = needed([r for r in versions if r <= version], round, self.checkpoint_every) | {version}
-        later = {r for r in versions if r > round}  # this may be the late end of an old order
-        files = {self._path(client, r) for r in kept | later}
-        for other in set(path.parent.iterdir()) - files:  # the part of a file that a process left when it died too
-            other.unlink(missing_ok=True)
+        files = {self._path(client, r) for r in kept}
+        for other in set(path.parent.iterdir()) - files:  # also what a process left of a file when it died
+            late = other.suffix == path.suffix and other.stem > path.stem  # this may be the late end of an old order
+            if not late:
+                other.unlink(missing_ok=True)
+
+    def _history(self, client: int, version: int) -> list[int]:
+        """Return a version that counts and, as far as they are there, those before it that were kept for rollbacks."""
+        if not version:
+            return []
+        with safe_open(self._path(client, version), "pt") as file:
+            history = [*json.loads(file.metadata()["history"]), version]
+        return [r for r in history if self._path(client, r).is_file()]
 
     def _path(self, client: int, round: int) -> Path:
         return self.folder / f"{client:06d}" / f"{round:06d}.safetensors"
-
-    def _versions(self, client: int) -> list[int]:
-        folder = self.folder / f"{client:06d}"
-        try:
-            return sorted(int(name[:6]) for name in os.listdir(folder) if name.endswith(".safetensors"))
-        except FileNotFoundError:
-            return []

@@ -177,7 +177,7 @@ class FederatedStrategy(Strategy):
         for client, record in zip(clients, records, strict=True):
             if (said := int(getattr(record, "client", client))) != client:
                 raise PayloadError(f"the update of client {client} is for client {said}")
-            self.known.check(record, [client])
+            self.known.check(self.setup.check_variances(record, f"client {client}"), [client])
         return dict(zip(clients, records, strict=True))
 
     def _sum_of(self, clients: list[int], reply: Message) -> dict[int, Record]:
@@ -187,7 +187,7 @@ class FederatedStrategy(Strategy):
         [total] = unpack(self._sum, protocol.arrays(reply, "updates"), self.setup.sizes, [owner])
         if (said := int(total.tensors()["clients"])) != len(clients):
             raise PayloadError(f"the sum of {owner} is of {said}")
-        self.known.check(total, clients)
+        self.known.check(self.setup.check_variances(total, owner), clients)
         return {clients[0]: total}
 
     def configure_evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -148,12 +149,17 @@ class Devices:
 
 
 def judge(found: Mapping[int, Description]) -> dict[int, str]:
-    """Return which nodes do not fit to the one with the lowest client, or host a client that another one does."""
+    """Return which nodes have other images or classes than most of them, or host a client that another one does.
+
+    Where no kind of data is that of the most, it is that of the lowest client among them.
+    """
     unfit: dict[int, str] = {}
     if not found:
         return unfit
     order = sorted(found, key=lambda node: min(found[node].fingerprints))
-    first, owner = found[order[0]], dict[int, int]()
+    kinds = Counter((found[node].shape, found[node].classes) for node in order)
+    usual = max(kinds, key=lambda kind: kinds[kind])  # the first of equals
+    first, owner = next(found[n] for n in order if (found[n].shape, found[n].classes) == usual), dict[int, int]()
     for node in order:
         mine = found[node]
         if mine.shape != first.shape:

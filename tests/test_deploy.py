@@ -12,6 +12,7 @@ import stat
 import sys
 import tomllib
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -564,6 +565,23 @@ def test_a_description_survives_the_way(shards: Path) -> None:
     assert Description.parse(described.json(), 2) == described
     assert len(described.json()) < 600
     assert not judge({5: described})
+
+
+def described(clients: list[int], **changes: Any) -> Description:
+    """Return what a node says that hosts clients with two 8 x 8 images each."""
+    each = {client: [1, 1] for client in clients}
+    marks = dict.fromkeys(clients, "")
+    return replace(Description(("a", "b"), (1, 8, 8), each, each, marks), **changes)
+
+
+def test_one_node_does_not_say_what_data_is_like() -> None:
+    """Whoever claims the lowest client is refused, if the others agree on something else."""
+    found = {7: described([0], shape=(3, 8, 8)), 8: described([1]), 9: described([2, 3])}
+    assert judge(found) == {7: "its images differ from those of client 1: 3x8x8 and 1x8x8"}
+    found[7] = described([0], classes=("a", "c"))
+    assert judge(found) == {7: "its classes differ from those of client 1: 'c' and 'b'"}
+    del found[8]
+    assert judge(found) == {9: "its classes differ from those of client 0: 'b' and 'c'"}
 
 
 # ---- who is dropped --------------------------------------------------------------------------------------------------

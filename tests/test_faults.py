@@ -444,6 +444,18 @@ def test_so_is_whatever_else_a_method_sends(method: str, field: str, tmp_path: P
         assert each["why"].startswith(f"the update of client {each['clients'][0]} has {field} of length ")
 
 
+@pytest.mark.parametrize(("method", "exchange"), [("fedavg", "updates"), ("fedavg", "sums"), ("feddf", "updates")])
+def test_variances_below_zero(method: str, exchange: str, tmp_path: Path) -> None:
+    """BatchNorm takes their root, so a model with them gives no number for any image."""
+    keys: dict[str, Scalar] = {**CONVOLUTIONS, "run.exchange": exchange}
+    keys |= {"data.public-fraction": 0.1} if method == "feddf" else {}
+    silent = run_with(tmp_path / "silent", method, fails, **keys)
+    run = run_with(tmp_path / "run", method, array(np.negative, "statistics"), **keys)
+    assert states(run) == states(silent)
+    (dropped,) = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
+    assert re.search(r"statistics of clients? \d.*: .*running_var has a variance of -", dropped["why"])
+
+
 def test_methods_that_need_everybody_end_and_name_the_client(tmp_path: Path) -> None:
     """PGFed sends everybody's gradients on, so one that is too long ends the run before anybody gets it."""
     breaks = array(lambda v: np.full_like(v, 1e9), "gradient")

@@ -140,6 +140,18 @@ def test_the_late_end_of_an_old_order_takes_nothing_away(store: ClientStore) -> 
     assert found(store, 0, 8)
 
 
+def test_the_late_end_of_an_old_order_is_no_checkpoints_state(tmp_path: Path) -> None:
+    """It lies on the disk after round 4, as a state that counts would, and the checkpoint of round 5 needs another."""
+    store = ClientStore(tmp_path, 5)
+    store.save(kept(3), 0, 3, 0)
+    store.save(kept(6), 0, 6, 3)
+    store.save(kept(5), 0, 5, 3)
+    for number, version in ((7, 6), (8, 7), (9, 8)):
+        store.save(kept(number), 0, number, version)
+        assert found(store, 0, 3)
+        assert not found(store, 0, 5)
+
+
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
@@ -171,6 +183,13 @@ def test_a_state_of_another_model_is_refused(store: ClientStore) -> None:
         store.load(Kept, 2, 1, SIZES)
 
 
+def test_a_state_of_another_version_is_refused(store: ClientStore) -> None:
+    """A run that an older version of a method began cannot go on."""
+    store.save(State(statistics=torch.ones(3)), 2, 1, 0)
+    with pytest.raises(PayloadError, match=r"Kept of client 2 \(stored state of round 1\) has statistics"):
+        store.load(Kept, 2, 1, SIZES)
+
+
 def test_a_diverged_state_is_refused(store: ClientStore) -> None:
     """A client does not go on from what is not a model."""
     store.save(Kept(parameters=torch.full((3,), float("nan")), last_round=torch.tensor(1)), 2, 1, 0)
@@ -182,9 +201,9 @@ def test_a_history_that_is_written_again_takes_the_place_of_the_old_one(store: C
     """After a restart from an older checkpoint, what comes after it goes as the rounds come by."""
     for number, version in ((3, 0), (5, 3), (7, 5)):
         store.save(kept(number), 0, number, version)
-    store.save(kept(4), 0, 4, 3)
-    store.save(kept(8), 0, 8, 4)
-    assert [number for number in range(1, 9) if found(store, 0, number)] == [4, 8]
+    store.save(kept(6), 0, 6, 5)
+    store.save(kept(8), 0, 8, 6)
+    assert [number for number in range(1, 9) if found(store, 0, number)] == [6, 8]
 
 
 def test_what_holds_nothing_takes_no_file(store: ClientStore) -> None:
