@@ -7,19 +7,25 @@ their sources.  Finished runs are used, not run again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedkd.config import Config, Scalar
 from fedkd.errors import UserError, nearest
+from fedkd.files import write_whole
 from fedkd.metrics import Floats
 from fedkd.results import Run, spread
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from plots.style import CaptionedFigure
 
 HOME = Path(__file__).resolve().parent
 SCALES = ("smoke", "cpu", "paper")
@@ -68,6 +74,8 @@ class Experiment:
             ``milliseconds``: of a client's local training, the median of all.
         settings: keys that all rows share.
         rows: the rows of this scale.
+        adapt_epochs: epochs for which clients that were held out adapt what each run ends with; the table is of them,
+            an epoch in the place of a round.  0: it is of the runs' own clients.
     """
 
     name: str
@@ -79,6 +87,7 @@ class Experiment:
     log: Sequence[str]
     settings: Mapping[str, Scalar]
     rows: Sequence[Row]
+    adapt_epochs: int = 0
 
     @classmethod
     def read(cls, name: str, scale: str = "cpu") -> Experiment:
@@ -111,6 +120,7 @@ class Experiment:
                 for key, row in raw["rows"].items()
                 if scale in row.get("scales", SCALES)
             ],
+            adapt_epochs=raw.get("adapt-epochs", 0),
         )
 
     def flat(self, row: Row, seed: int, overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -201,7 +211,47 @@ def reproduce(
     if waiting:
         launch_all(waiting, "inline", None, jobs)
     opened = {name: [Run.open(folder) for folder in mine] for name, mine in folders.items()}
+    if epochs := experiment.adapt_epochs:
+        opened = {name: [_adapted(run, epochs, out / "newcomers") for run in mine] for name, mine in opened.items()}
     return {row.name: opened[row.runs] for row in experiment.rows}
+
+
+@dataclass(frozen=True)
+class Adapted(Run):
+    """A run whose evaluations are those of its newcomers, epoch after epoch of adaptation (:mod:`sims.adapt`)."""
+
+    newcomers: Sequence[Mapping[str, Any]] = ()
+
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """A row per newcomer with test images and epoch, which stands in the place of the round."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self.newcomers).rename(columns={"epoch": "round"})
+        frame = frame[frame["total"] > 0].copy()
+        for kind in ("global", "personal", "accuracy"):
+            frame[kind] = frame["correct"] / frame["total"]
+        return frame
+
+    def digest(self) -> str:
+        """Return the sha256 of the newcomers' rows; equal digests mean equal results."""
+        return hashlib.sha256(json.dumps(self.newcomers, sort_keys=True).encode()).hexdigest()
+
+
+def _adapted(run: Run, epochs: int, folder: Path) -> Adapted:
+    """Return a run with its newcomers' rows, which are kept in a folder; a run of ``local`` has the control's."""
+    from sims.adapt import adapt, plan
+
+    path = folder / f"{run.folder.name}.json"
+    made_of = {"run": run.digest(), "epochs": epochs}
+    if path.is_file() and (kept := json.loads(path.read_bytes()))["of"] == made_of:
+        return Adapted(run.folder, run.label, kept["rows"])
+    alone = run.config.run.method == "local"
+    [task] = [task for task in plan([run]) if (task.folder is None) == alone]
+    rows = [row for one in adapt(task, epochs) for row in one]
+    folder.mkdir(exist_ok=True)
+    write_whole(path, json.dumps({"of": made_of, "rows": rows}).encode())
+    return Adapted(run.folder, run.label, rows)
 
 
 Runs = Mapping[str, Sequence[Run]]
@@ -218,10 +268,11 @@ def _curves(experiment: Experiment, row: Row, runs: Runs) -> list[Floats]:
 def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
     """Return the table, a line per row; accuracies in % of the clients' own test data.
 
-    Columns: ``row``, ``published``, ``last`` (round), ``tail`` (mean of the ``last_rounds`` last), ``best`` (round, or
-    mean of the ``best_rounds`` best), ``worst`` (tenth of the clients) and ``deviation`` (over clients) at the last
-    round, the logged figures, ``seeds``; ``*_std`` are sample deviations over seeds (NaN for one), but that of several
-    best rounds is the deviation of all of them, as FedGen's tables have it.
+    Columns: ``row``, ``published``, ``first`` (epoch, of newcomers: what they are given), ``last`` (round), ``tail``
+    (mean of the ``last_rounds`` last), ``best`` (round, or mean of the ``best_rounds`` best), ``worst`` (tenth of the
+    clients) and ``deviation`` (over clients) at the last round, the logged figures, ``seeds``; ``*_std`` are sample
+    deviations over seeds (NaN for one), but that of several best rounds is the deviation of all of them, as FedGen's
+    tables have it.
     """
     import numpy as np
     import pandas as pd
@@ -238,6 +289,8 @@ def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
         }
         best = np.concatenate([np.sort(curve)[-experiment.best_rounds :] for curve in curves])
         pooled = (float(best.mean()), float(best.std()))
+        if experiment.adapt_epochs:
+            line["first"], line["first_std"] = over_seeds([curve[0] for curve in curves])
         line["last"], line["last_std"] = over_seeds([curve[-1] for curve in curves])
         line["tail"], line["tail_std"] = over_seeds([curve[-experiment.last_rounds :].mean() for curve in curves])
         line["best"], line["best_std"] = over_seeds(best) if experiment.best_rounds == 1 else pooled
@@ -327,8 +380,12 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     files[out / "runs.csv"] = digests(experiment, runs).to_csv(index=False)
     for path, content in files.items():
         path.write_text(content, encoding="utf-8")
-    drawn = [replace(run, label=row.label) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
+    own = [(row, run) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
+    trained = [(row, run) for row, run in own if not (experiment.adapt_epochs and row.method == "local")]
+    drawn = [Run(run.folder, row.label) for row, run in trained]
     figures = {"convergence": convergence(drawn), "fairness": fairness(drawn)}
+    if experiment.adapt_epochs:
+        figures["newcomers"] = _newcomers([(row.label, run) for row, run in own if isinstance(run, Adapted)])
     if any(row.score == "global" for row in experiment.rows):
         figures["convergence-global"] = convergence(drawn, column="global")
     for name, figure in figures.items():
@@ -336,7 +393,17 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     return list(files)
 
 
+def _newcomers(runs: Sequence[tuple[str, Adapted]]) -> CaptionedFigure:
+    """Draw the newcomers' accuracy by epoch, under the rows' labels."""
+    import pandas as pd
+
+    from plots.adapt import adaptation
+
+    return adaptation(pd.DataFrame({**row, "label": label} for label, run in runs for row in run.newcomers))
+
+
 _HEADINGS = {
+    "first": "epoch 0",
     "last": "last round",
     "worst": "worst tenth",
     "deviation": "deviation over clients",
@@ -353,9 +420,11 @@ def _text(experiment: Experiment, frame: pd.DataFrame) -> list[list[str]]:
     hidden = {"worst", "deviation"} if experiment.best_rounds > 1 else set()
     if experiment.last_rounds == 1:
         hidden |= {"tail", "of"}
+    of_epochs = {"last": "last epoch", "best": "best epoch"} if experiment.adapt_epochs else {}
     headings = _HEADINGS | {
         "best": f"best {experiment.best_rounds} rounds" if experiment.best_rounds > 1 else "best round",
         "tail": f"last {experiment.last_rounds} rounds",
+        **of_epochs,
     }
     columns = [name for name in frame.columns if not name.endswith("_std") and name not in hidden]
     lines = [[headings.get(name, name) for name in columns]]

@@ -16,7 +16,7 @@ from conftest import TINY
 
 from fedkd.config import Config
 from fedkd.errors import UserError
-from sims import inline, launch, reproduce
+from sims import adapt, inline, launch, reproduce
 from sims.reproduce import SCALES, Experiment
 
 pytestmark = pytest.mark.slow
@@ -33,6 +33,7 @@ TABLE_KEYS = {
     "against",
     "log",
     "like",
+    "adapt-epochs",
 }
 ROW_KEYS = {"label", "method", "settings", "runs", "score", "control", "against", "published", "scales"}
 
@@ -129,10 +130,12 @@ def _column(table: dict[str, Any]) -> tuple[str | None, str | None]:
 
 def test_published_values_stand_beside_the_rows() -> None:
     """Against the papers, by hand."""
-    found = {row.name: row.published for row in Experiment.read("pgfed", "paper").rows}
+    found = {row.name: row.published for row in Experiment.read("pgfed/cifar10", "paper").rows}
     assert found["pgfed"] == "81.02 ± 0.41"
     assert found["fedavg"] == "65.07 ± 0.25"
     assert found["fedavg-ft"] == ""
+    found = {row.name: row.published for row in Experiment.read("pgfed/cifar100", "paper").rows}
+    assert (found["pgfed"], found["apfl"]) == ("43.12 ± 0.03", "39.16 ± 0.93")
     assert {row.name: row.published for row in Experiment.read("fedgen/table1").rows}["fedgen-paper"] == "93.03 ± 0.32"
 
 
@@ -151,11 +154,11 @@ def test_fedgen_table_is_the_one_that_was_measured() -> None:
     [
         (["fedgan"], "unknown experiment 'fedgan'; did you mean 'fedgen'?"),
         (["pgfed/cifar11"], "unknown experiment 'pgfed/cifar11'; did you mean 'pgfed/cifar10'?"),
-        (["pgfed", "--scale", "cpus"], "unknown scale 'cpus'; did you mean 'cpu'? (known: smoke, cpu, paper)"),
+        (["fedftg", "--scale", "cpus"], "unknown scale 'cpus'; did you mean 'cpu'? (known: smoke, cpu, paper)"),
         (["fedd2s/cifar10", "--scale", "paper"], "fedd2s/cifar10 has no scale 'paper' (it has: smoke, cpu)"),
         (["fedd2s"], "'fedd2s' has several tables; name one: fedd2s/cifar10, fedd2s/femnist"),
-        (["pgfed", "--scale", "smoke", "--seeds", "1,x"], "--seeds '1,x' is not a list of whole numbers"),
-        (["pgfed", "--scale", "smoke", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["fedftg", "--scale", "smoke", "--seeds", "1,x"], "--seeds '1,x' is not a list of whole numbers"),
+        (["fedftg", "--scale", "smoke", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
     ],
 )
 def test_mistakes_get_one_line_and_code_2(
@@ -360,6 +363,30 @@ def test_a_table_takes_over_what_it_is_like() -> None:
     assert two.settings == {**one.settings, "train.lr": 0.5}
     assert (one.best_rounds, two.best_rounds) == (1, 2)
     assert two.title == "Another example"
+
+
+def test_a_table_of_newcomers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Epochs stand for rounds, the control starts from nothing, and a second call neither trains nor adapts."""
+    whole = reproduce.Experiment.read("pgfed/new-clients", "smoke")
+    few = dataclasses.replace(
+        whole, adapt_epochs=2, rows=[row for row in whole.rows if row.name in ("local", "fedavg", "pgfed")]
+    )
+    runs = reproduce.reproduce(few, {}, [1], tmp_path, jobs=1)
+    table = reproduce.table(few, runs)
+    for row, line in zip(few.rows, table.to_dict("records"), strict=True):
+        kept = pd.DataFrame(json.loads((tmp_path / "newcomers" / f"{row.name}-s1.json").read_text())["rows"])
+        assert set(kept["client"]) == {8, 9}
+        assert set(kept["label"]) == {"local" if row.method == "local" else row.method}
+        curve = (100 * kept["correct"] / kept["total"]).groupby(kept["epoch"]).mean()
+        assert [line["first"], line["last"], line["best"]] == pytest.approx([curve[0], curve[2], curve.max()])
+    digests = reproduce.digests(few, runs)
+    monkeypatch.setattr(launch, "launch_all", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt, "adapt", None)
+        again = reproduce.reproduce(few, {}, [1], tmp_path, jobs=1)
+    assert reproduce.digests(few, again).equals(digests)
+    longer = reproduce.reproduce(dataclasses.replace(few, adapt_epochs=3), {}, [1], tmp_path, jobs=1)
+    assert longer["pgfed"][0].evaluations["round"].max() == 3
 
 
 @pytest.mark.usefixtures("example")
