@@ -123,6 +123,8 @@ def reply(
 
 _NEEDED = {MessageType.TRAIN: ("examples", "loss_sum", "loss_weight"), MessageType.EVALUATE: ("total",)}
 """What the server reads of a row, by what was asked for."""
+_SCORES = {f"{kind}_{what}" for kind in ("global", "personal") for what in ("correct", "loss_sum")}
+"""What a row may say of a client's models."""
 _LARGEST = 2.0**127
 """The largest magnitude of a number in a row that is not whole: a sum over any clients and rounds stays finite."""
 _SERVERS = {"round", "bytes_down", "bytes_up"}
@@ -163,7 +165,8 @@ def read_failed(message: Message) -> dict[int, str]:
 
 def line(text: str) -> str:
     """Return a text that came over the network as one line of bounded length, whatever it holds."""
-    return " ".join(text.split())[:500]
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(printable.split())[:500]
 
 
 def _check_row(row: Any, exchange: str) -> None:
@@ -184,6 +187,8 @@ def _check_row(row: Any, exchange: str) -> None:
         raise PayloadError(f"the rows of a reply cannot be read: no {', '.join(missing)}")
     if strange := sorted(_SERVERS & row.keys()):
         raise PayloadError(f"the rows of a reply cannot be read: {strange[0]} is the server's to say")
+    if exchange == MessageType.EVALUATE and (other := sorted(row.keys() - _SCORES - {"client", "total"})):
+        raise PayloadError(f"the rows of a reply cannot be read: {other[0]} is no score")
     if "total" in row and any(row[name] > row["total"] for name in whole if name.endswith("_correct")):
         raise PayloadError("the rows of a reply cannot be read: more are correct than there are")
 

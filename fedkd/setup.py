@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from fedkd.data import Shard
 from fedkd.errors import UserError
 from fedkd.method import load
 from fedkd.models import FlatModel, StagedModel, build
+from fedkd.partial import statistics_of
 from fedkd.payload import PayloadError, Record, Sizes
 from fedkd.rng import Streams
 
@@ -57,14 +58,22 @@ class Setup:
             PayloadError: one is below; BatchNorm would take its root.
         """
         for name, spec in record.specs().items():
-            statistics = getattr(record, name)
-            if spec.shape[-1:] in (("statistics",), ("shared_statistics",)) and statistics.numel():
-                for layer, values in self.model.unflatten_statistics(statistics).items():
-                    if layer.endswith("running_var") and (least := float(values.min())) < 0:
-                        raise PayloadError(
-                            f"{type(record).__name__}.{name} of {owner}: {layer} has a variance of {least:g}"
-                        )
+            statistics, mask = getattr(record, name), self._variances.get(str(spec.shape[-1:]))
+            if mask is not None and (least := float(statistics[..., mask].min())) < 0:
+                raise PayloadError(f"{type(record).__name__}.{name} of {owner} has a running variance of {least:g}")
         return record
+
+    @cached_property
+    def _variances(self) -> dict[str, torch.Tensor]:
+        """Masks of the running variances among all statistics, and among those that travel, by dimension."""
+        mask = torch.zeros(self.model.statistics.numel(), dtype=torch.bool)
+        for name, view in self.model.unflatten_statistics(mask).items():
+            view.fill_(name.endswith("running_var"))
+        travels = statistics_of(self.model, self.hyper.shared(self.model)) if hasattr(self.hyper, "shared") else ...
+        masks = {"statistics": mask}
+        if self.sizes["shared_statistics"]:
+            masks["shared_statistics"] = mask[travels]
+        return {str((name,)): mask for name, mask in masks.items() if mask.any()}
 
     @property
     def hyper(self) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,9 @@ from fedkd.errors import UserError
 from fedkd.payload import PayloadError, Record, Sizes
 
 R = TypeVar("R", bound=Record)
+
+ABANDONED_SECONDS = 60.0
+"""Age at which the part of a file is one that a process left when it died."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,18 @@ class ClientStore:
             return
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = needed(self._history(client, version), round, self.checkpoint_every) | {version}
+        history = self._history(client, version)
+        kept = needed(history, round, self.checkpoint_every) | {version, round}
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_bytes(state_bytes(state, history=json.dumps(sorted(kept - {round}))))
         part.replace(path)
-        files = {self._path(client, r) for r in kept}
-        for other in set(path.parent.iterdir()) - files:  # also what a process left of a file when it died
-            late = other.suffix == path.suffix and other.stem > path.stem  # this may be the late end of an old order
-            if not late:
+        for other in path.parent.iterdir():
+            number = int(other.stem)
+            if other.suffix != path.suffix:
+                over = _age(other) > ABANDONED_SECONDS
+            else:  # others are of rounds to come, or of another attempt, which this late end of an old order must spare
+                over = number not in kept and (number in history or version < number < round)
+            if over:
                 other.unlink(missing_ok=True)
 
     def _history(self, client: int, version: int) -> list[int]:
@@ -94,8 +102,16 @@ class ClientStore:
         if not version:
             return []
         with safe_open(self._path(client, version), "pt") as file:
-            history = [*json.loads(file.metadata()["history"]), version]
+            history = [*json.loads((file.metadata() or {}).get("history", "[]")), version]
         return [r for r in history if self._path(client, r).is_file()]
 
     def _path(self, client: int, round: int) -> Path:
         return self.folder / f"{client:06d}" / f"{round:06d}.safetensors"
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was written; zero for one that is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -86,6 +86,7 @@ class FederatedStrategy(Strategy):
         self._versions: dict[int, int] = {}  # by client, the last round whose update counts
         self._asked: list[tuple[Metadata, list[int]]] = []  # orders under way, which get their names when they are sent
         self._cohort: list[int] = []
+        self._scores: frozenset[str] = frozenset()  # what rows of scores say
         self._broadcast: Record = self.state  # of the round under way
         self._bytes_down: dict[int, int] = {}
         self._began = 0.0
@@ -206,8 +207,11 @@ class FederatedStrategy(Strategy):
         run, round = self.setup.config.run, self._before + server_round
         began, rows = self._began, list[protocol.Row]()
         self._collect(MessageType.EVALUATE, replies, lambda _, __, said: rows.extend(said))
+        rows = self._alike(rows)
         if self._dropped:
-            self._row["dropped"] = self._dropped
+            self._row["dropped"] = sorted(
+                self._dropped, key=lambda each: (each["exchange"] != "train", each["clients"])
+            )
         seconds = time.perf_counter() - began
         self._row |= {
             "seconds_evaluate": seconds - self._row["seconds_train"] - self._row["seconds_server"],
@@ -223,6 +227,16 @@ class FederatedStrategy(Strategy):
             return None
         correct = [row.get("personal_correct", row.get("global_correct", 0)) / row["total"] for row in scored]
         return MetricRecord({"accuracy": float(np.mean(correct))})
+
+    def _alike(self, rows: list[protocol.Row]) -> list[protocol.Row]:
+        """Return the rows that score the models that most did at first; honest clients score the same ones."""
+        scored = [frozenset(row) for row in rows]
+        self._scores = self._scores or max(scored, key=scored.count, default=frozenset())
+        for row in rows:
+            if row.keys() != self._scores:
+                said = f"client {row['client']} says {', '.join(row)}, and others {', '.join(sorted(self._scores))}"
+                self._drop(MessageType.EVALUATE, [row["client"]], PayloadError(said))
+        return [row for row in rows if row.keys() == self._scores]
 
     def _personal(self, round: int) -> dict[int, Record]:
         """Return what each client of the cohort gets for itself alone; empty for methods without."""

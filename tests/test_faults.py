@@ -234,6 +234,56 @@ def test_a_client_that_lost_its_state_is_named_and_not_begun_anew(policy: str, t
     assert f"client {lost[0]} failed: the state of client {lost[0]} from round {BAD_ROUND} is lost" in said
 
 
+@pytest.mark.parametrize("policy", ["drop", "fail"])
+def test_reasons_are_a_line_whatever_they_hold(policy: str, tmp_path: Path) -> None:
+    """They are written to files and shown on terminals."""
+    lost: list[int] = []
+
+    def says(content: RecordDict) -> None:
+        said = content.config_records["reply"]
+        (first, *others) = json.loads(str(said["rows"]))
+        lost.append(first["client"])
+        said["rows"], said["failed"] = json.dumps(others), json.dumps({lost[0]: "\ud800 \x1b[2J\nout" + "!" * 1000})
+        content["updates"] = ArrayRecord(
+            {name: Array(np.array(one.numpy())[1:]) for name, one in content.array_records["updates"].items()}
+        )
+
+    why = "[2J out" + "!" * 493
+    if policy == "fail":
+        with pytest.raises(RoundError, match="out!!!"):
+            run_with(tmp_path / "run", breaks=says, **{"run.on-failure": "fail"})
+        assert (tmp_path / "run" / "error.txt").read_text() == f"client {lost[0]} failed: {why}\n"
+    else:
+        dropped = run_with(tmp_path / "run", breaks=says).rows("rounds")[BAD_ROUND - 1]["dropped"]
+        assert dropped == [{"exchange": "train", "clients": lost, "why": f"client {lost[0]} failed: {why}"}]
+
+
+SCORES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "none": lambda rows: [{"client": row["client"], "total": row["total"]} for row in rows],
+    "of a model that there is not": lambda rows: [
+        row | {"personal_correct": row["total"], "personal_loss_sum": 0.0} for row in rows
+    ],
+    "without the loss": lambda rows: [{k: v for k, v in row.items() if k != "global_loss_sum"} for row in rows],
+    "of something else": lambda rows: [row | {"luck": 1} for row in rows],
+}
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_of_other_models_than_the_others(scores: str, tmp_path: Path) -> None:
+    """A client that had a personal model where nobody has one would be scored by it; one without any, by nothing."""
+    run = run_with(tmp_path / "run", "fedavg", rows(SCORES[scores]), exchange=MessageType.EVALUATE)
+    straight = run_with(tmp_path / "straight", "fedavg")
+    assert states(run) == states(straight)
+    dropped = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
+    clients = sorted(client for each in dropped for client in each["clients"])
+    assert {each["exchange"] for each in dropped} == {"evaluate"}
+    whole = [row for row in straight.rows("evaluations") if row["round"] == BAD_ROUND]
+    assert [row for row in run.rows("evaluations") if row["round"] == BAD_ROUND] == [
+        row for row in whole if row["client"] not in clients
+    ]
+    assert 0 < len(clients) < len(whole)
+
+
 @pytest.mark.parametrize("number", [0, -3, 2**40])
 def test_numbers_of_examples_that_cannot_be(number: int, tmp_path: Path) -> None:
     """They are the weights of an average."""
@@ -444,16 +494,20 @@ def test_so_is_whatever_else_a_method_sends(method: str, field: str, tmp_path: P
         assert each["why"].startswith(f"the update of client {each['clients'][0]} has {field} of length ")
 
 
-@pytest.mark.parametrize(("method", "exchange"), [("fedavg", "updates"), ("fedavg", "sums"), ("feddf", "updates")])
+@pytest.mark.parametrize(
+    ("method", "exchange"),
+    [("fedavg", "updates"), ("fedavg", "sums"), ("feddf", "updates"), ("fedper", "updates"), ("fedper", "sums")],
+)
 def test_variances_below_zero(method: str, exchange: str, tmp_path: Path) -> None:
     """BatchNorm takes their root, so a model with them gives no number for any image."""
     keys: dict[str, Scalar] = {**CONVOLUTIONS, "run.exchange": exchange}
     keys |= {"data.public-fraction": 0.1} if method == "feddf" else {}
+    keys |= {"fedper.head": "conv2"} if method == "fedper" else {}  # whose statistics do not travel
     silent = run_with(tmp_path / "silent", method, fails, **keys)
     run = run_with(tmp_path / "run", method, array(np.negative, "statistics"), **keys)
     assert states(run) == states(silent)
     (dropped,) = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
-    assert re.search(r"statistics of clients? \d.*: .*running_var has a variance of -", dropped["why"])
+    assert re.search(r"statistics of clients? \d.* has a running variance of -", dropped["why"])
 
 
 def test_methods_that_need_everybody_end_and_name_the_client(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +109,14 @@ def test_a_part_of_a_file_is_ignored_and_cleared_away(store: ClientStore) -> Non
     store.save(kept(1), 0, 1, 0)
     folder = store.folder / "000000"
     whole = (folder / "000001.safetensors").read_bytes()
-    (folder / "000002.part4242").write_bytes(whole[: len(whole) // 2])
+    part = folder / "000002.part4242"
+    part.write_bytes(whole[: len(whole) // 2])
     assert not found(store, 0, 2)
     store.save(kept(3), 0, 3, 1)
-    assert files(store, 0) == ["000001.safetensors", "000003.safetensors"]
+    assert files(store, 0) == ["000001.safetensors", part.name, "000003.safetensors"]  # it may be under way
+    os.utime(part, (0, 0))
+    store.save(kept(4), 0, 4, 3)
+    assert files(store, 0) == ["000001.safetensors", "000003.safetensors", "000004.safetensors"]
 
 
 def test_a_death_before_the_rename_leaves_the_old_state(store: ClientStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +154,21 @@ def test_the_late_end_of_an_old_order_is_no_checkpoints_state(tmp_path: Path) ->
     for number, version in ((7, 6), (8, 7), (9, 8)):
         store.save(kept(number), 0, number, version)
         assert found(store, 0, 3)
-        assert not found(store, 0, 5)
+
+
+def test_nor_does_it_take_what_a_run_that_went_back_has_written(tmp_path: Path) -> None:
+    """The order was of an attempt that went on to round 18; the one after it started from round 10."""
+    store, late = ClientStore(tmp_path, 10), 18
+    for number in range(1, late + 1):
+        store.save(kept(number), 0, number, number - 1)
+    for number in (11, 12):
+        store.save(kept(number), 0, number, number - 1)
+    store.save(kept(late + 1), 0, late + 1, late)
+    assert found(store, 0, 10)
+    assert found(store, 0, 12)
+    for number in range(13, late + 3):
+        store.save(kept(number), 0, number, number - 1)
+    assert files(store, 0) == [f"{number:06d}.safetensors" for number in (10, 19, 20)]
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ from fedkd.data.images import (
 from fedkd.errors import UserError
 from fedkd.payload import MOST, PayloadError
 from fedkd.places import cache_root, results_root
-from fedkd.protocol import read_json
+from fedkd.protocol import line, read_json
 
 PUBLIC = "public"
 """Folder, beside those of the clients, of the images that ``data.public-fraction`` sets aside for the server."""
@@ -238,8 +238,9 @@ class Description:
         classes, shape, hashes = read["classes"], read["shape"], read["fingerprints"]
         if not isinstance(classes, list) or not 1 <= len(classes) <= MOST_CLASSES:
             raise PayloadError(f"its classes are no list of 1 to {MOST_CLASSES} names")
-        if strange := [name for name in classes if type(name) is not str or len(name) > MOST_LETTERS]:
-            raise PayloadError(f"a class is named {str(strange[0])[:40]!r}, which is no text of {MOST_LETTERS} letters")
+        for name in classes:
+            if type(name) is not str or len(name) > MOST_LETTERS or not name.isprintable():
+                raise PayloadError(f"a class is named {str(name)[:40]!r}, which is no text of {MOST_LETTERS} letters")
         if not _numbers(shape, 3, MOST_PIXELS) or not 1 <= math.prod(shape) <= MOST_PIXELS:
             raise PayloadError(f"its images are {str(shape)[:80]}, which is no channels, height and width")
         if not isinstance(hashes, dict) or not hashes:
@@ -247,7 +248,9 @@ class Description:
         hosted = {str(client): client for client in range(clients)}
         for client, value in hashes.items():
             if client not in hosted:
-                raise PayloadError(f"it describes client {client[:40]}, and the run has clients 0 to {clients - 1}")
+                raise PayloadError(
+                    f"it describes client {line(client)[:40]}, and the run has clients 0 to {clients - 1}"
+                )
             if type(value) is not str or not re.fullmatch("[0-9a-f]{16}", value):
                 raise PayloadError(f"the fingerprint of client {client} is none")
         for split in _SPLITS:
