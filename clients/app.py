@@ -27,7 +27,7 @@ from fedkd.device import pick_device, single_thread
 from fedkd.errors import UserError
 from fedkd.losses import cross_entropy
 from fedkd.method import load
-from fedkd.payload import PayloadError, Record, pack, unpack
+from fedkd.payload import PayloadError, Record, Stack, unpack
 from fedkd.results import run_folder
 from fedkd.setup import Setup
 from fedkd.state import ClientStore
@@ -76,7 +76,7 @@ def train(message: Message, context: Context) -> Message:
     broadcast = worker.broadcast(message)
     personal = worker.personal(message, order.clients)
     pooled = Total(worker.config, worker.sum) if worker.sum else None
-    updates: list[Record] = []
+    updates = Stack(1 if pooled else len(order.clients))
 
     def trained(client: int, version: int) -> protocol.Row:
         began = time.perf_counter()
@@ -87,18 +87,19 @@ def train(message: Message, context: Context) -> Message:
         update = clipped(update, broadcast, worker.config.privacy.clip_norm) if worker.config.privacy.on else update
         new_state.check(worker.setup.of(client).sizes, "the client")
         worker.store.save(new_state, client, order.round, version)
-        if pooled:
-            pooled.add(update, client)
-        else:
-            updates.append(update)
         row: protocol.Row = {"client": client, "examples": len(worker.shard(client, "train"))}
         for name, (total, weight) in metrics.items():
             row[f"{name}_sum"], row[f"{name}_weight"] = total, weight
+        if pooled:
+            pooled.add(update, client)
+        else:
+            updates.add(update)
         return row | {"seconds": time.perf_counter() - began}
 
     rows, failed = _each(order, trained)
-    sent = [pooled.record()] if pooled and rows else updates
-    return Message(protocol.reply(rows, failed, pack(sent) if sent else None), reply_to=message)
+    if pooled and rows:
+        updates.add(pooled.record())
+    return Message(protocol.reply(rows, failed, updates.arrays() if rows else None), reply_to=message)
 
 
 @app.evaluate()

@@ -163,17 +163,62 @@ class Record:
         return self
 
 
+class Stack:
+    """Records of one type on their way into one array per field, ``[rows, *shape]``: each number is copied once.
+
+    Args:
+        rows: how many records there will be; fewer come at the price of another copy.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._expected, self._rows = rows, 0
+        self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype and shape of a row, by field
+        self._bytes: dict[str, io.BytesIO] = {}
+
+    def add(self, record: Record) -> None:
+        """Write the next row of every field.
+
+        Raises:
+            ValueError: it is not like the rows before it.
+        """
+        rows = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in record.tensors().items()}
+        for name, values in rows.items():
+            if (kind := (str(values.dtype), values.shape)) != self._kinds.setdefault(name, kind):
+                raise ValueError(f"{type(record).__name__}.{name} is {kind} after {self._kinds[name]}")
+        for name, values in rows.items():
+            if name not in self._bytes:
+                self._bytes[name] = io.BytesIO()
+                self._bytes[name].write(self._header(name, self._expected))
+            self._bytes[name].write(values.data)
+        self._rows += 1
+
+    def arrays(self) -> ArrayRecord:
+        """Return what is sent: the bytes that Flower makes of a stacked array, without its copies on the way."""
+        arrays = {}
+        for name, (dtype, shape) in self._kinds.items():
+            data = self._bytes[name].getvalue()
+            if self._rows != self._expected:
+                data = self._header(name, self._rows) + data[len(self._header(name, self._expected)) :]
+            arrays[name] = Array(dtype, (self._rows, *shape), SType.NUMPY, data)
+        return ArrayRecord(arrays)
+
+    def _header(self, name: str, rows: int) -> bytes:
+        dtype, shape = self._kinds[name]
+        return _header(dtype, (rows, *shape))
+
+
 def pack(records: Sequence[Record]) -> ArrayRecord:
     """Stack records of one type into a Flower ``ArrayRecord``: one array ``[len(records), *shape]`` per field."""
-    packed: dict[str, Array] = {}
-    for name in type(records[0]).specs():
-        rows = [getattr(record, name).detach().cpu() for record in records]
-        packed[name] = Array(np.ascontiguousarray(torch.stack(rows).numpy()))
-    return ArrayRecord(packed)
+    stack = Stack(len(records))
+    for record in records:
+        stack.add(record)
+    return stack.arrays()
 
 
 def unpack(kind: type[R], arrays: ArrayRecord, sizes: Sizes, owners: Sequence[str]) -> list[R]:
     """Return the records that :func:`pack` stacked, each checked against its specification.
+
+    Their tensors are the message's own memory, which is not to be written to.
 
     Args:
         kind: the record type.
@@ -210,7 +255,9 @@ def unpack(kind: type[R], arrays: ArrayRecord, sizes: Sizes, owners: Sequence[st
 
 
 def _decoded(array: Array) -> npt.NDArray[Any]:
-    """Return the values of an array that came from elsewhere; what its header claims takes no memory before it is true.
+    """Return the values of an array that came from elsewhere, in its own bytes if those lie as tensors need them.
+
+    What its header claims takes no memory before it is true.
 
     Raises:
         ValueError: it is not NumPy's format, has bytes too many or too few, or holds objects, which could run code.
@@ -226,7 +273,16 @@ def _decoded(array: Array) -> npt.NDArray[Any]:
     if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length:
         raise ValueError(f"{length} bytes are no {dtype} of shape {shape}")
     values = np.frombuffer(array.data, dtype, offset=header) if length else np.empty(0, dtype)
-    return values.reshape(shape, order="F" if columns_first else "C").copy()
+    values = np.require(values.reshape(shape, order="F" if columns_first else "C"), requirements=["C", "A"])
+    return np.asarray(_Writable(values))
+
+
+class _Writable:
+    """A view that claims that it may be written to, or PyTorch would warn: it has no tensors that may only be read."""
+
+    def __init__(self, values: npt.NDArray[Any]) -> None:
+        self._values = values  # which keeps the memory
+        self.__array_interface__ = values.__array_interface__ | {"data": (values.ctypes.data, False)}
 
 
 def declared_bytes(kind: type[Record], sizes: Sizes) -> int:
@@ -243,6 +299,11 @@ def wire_bytes(record: Record) -> int:
 @cache
 def _array_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Return the length of Flower's serialized array; it depends on shape and dtype only, so one real one tells all."""
+    return len(_header(dtype, shape)) + math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return what comes before the numbers in NumPy's format."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
-    return len(buffer.getvalue()) + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return buffer.getvalue()

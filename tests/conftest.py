@@ -11,8 +11,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +25,9 @@ from leftovers import leaving_nothing
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 with warnings.catch_warnings():  # Flower's Typer imports names that Click deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
-    import flwr.app  # noqa: F401
+    from flwr.app import Array
 
+from fedkd import payload
 from fedkd.config import Config, Scalar
 from fedkd.errors import UserError
 from fedkd.method import load, names
@@ -132,11 +135,28 @@ def by_case(test: Callable[..., None]) -> Callable[..., None]:
     return decorated
 
 
+@contextmanager
+def unwritten() -> Iterator[None]:
+    """Compare what arrived, whose memory tensors share, with what it was when it arrived."""
+    arrived: list[tuple[Array, int]] = []
+
+    def noted(array: Array) -> Any:
+        arrived.append((array, crc32(array.data)))
+        return decoded(array)
+
+    decoded = payload._decoded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(payload, "_decoded", noted)
+        yield
+    assert arrived
+    assert all(crc32(array.data) == before for array, before in arrived)
+
+
 @pytest.fixture(scope="session")
 def run_inline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
     """Return ``run_inline(method, nodes=1, again=False, **flat)`` to the finished run of a tiny configuration.
 
-    Equal calls share one run, unless ``again`` asks for another one.
+    Equal calls share one run, unless ``again`` asks for another one.  In each, nobody may write into what arrived.
     """
     from fedkd.results import Run
     from sims.inline import run
@@ -149,7 +169,8 @@ def run_inline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object
         key = (nodes, *config.flat().items())
         if again or key not in done:
             folder = tmp_path_factory.mktemp(f"run-{next(number)}")
-            run(tiny(method, **{**flat, "run.dir": str(folder)}), nodes)
+            with unwritten():
+                run(tiny(method, **{**flat, "run.dir": str(folder)}), nodes)
             finished = Run.open(folder)
             if again:
                 return finished

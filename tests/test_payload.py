@@ -28,6 +28,7 @@ from fedkd.payload import (
     Record,
     SharedStatistics,
     Spec,
+    Stack,
     pack,
     unpack,
     wire_bytes,
@@ -204,6 +205,42 @@ def test_packing_copies() -> None:
     packed = pack([row])
     row.parameters.fill_(9)
     assert unpack(Sample, packed, sizes, ["client 0"])[0].parameters.tolist() == [0, 1, 2]
+
+
+def test_packing_writes_what_flower_writes() -> None:
+    """Byte for byte, of a tensor that lies otherwise too; and rows of one array are alike."""
+    row, _ = sample()
+    turned = dataclasses.replace(row, table=torch.arange(6, dtype=torch.float64).reshape(3, 2).T)
+    for name, array in pack([turned, turned]).items():
+        assert array == Array(torch.stack([getattr(turned, name)] * 2).numpy())
+    with pytest.raises(ValueError, match=r"Sample\.parameters is .* after"):
+        pack([row, dataclasses.replace(row, parameters=torch.zeros(4))])
+    fewer = Stack(10**6)  # a header of other length
+    fewer.add(turned)
+    assert fewer.arrays() == pack([turned])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_arrays_arrive_however_they_lie(order: str, columns_first: bool, shift: int) -> None:
+    """Columns first, or where tensors cannot begin: what lies otherwise than we write it is copied.
+
+    Bytes in the other order are refused.
+    """
+    row, sizes = sample()
+    values = np.array([[[0, 1, 2], [3, 4, 5]]], f"{order}f8", order="F" if columns_first else "C")
+    data = Array(values).data
+    at = data.index(b"\n") + 1
+    length = at - 10 + shift  # of the header's text, which ends with a line feed
+    data = data[:8] + length.to_bytes(2, "little") + data[10 : at - 1] + b" " * shift + b"\n" + data[at:]
+    arrays = ArrayRecord({**pack([row]), "table": Array("float64", (1, 2, 3), "numpy.ndarray", data)})
+    if order == ">":
+        with pytest.raises(PayloadError, match=r"Sample\.table from client 0 is no array"):
+            unpack(Sample, arrays, sizes, ["client 0"])
+        return
+    [arrived] = unpack(Sample, arrays, sizes, ["client 0"])
+    assert arrived.table.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_messages_hold_a_few_large_arrays() -> None:
