@@ -17,6 +17,7 @@ from functools import lru_cache
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from clients.group import Groups, Work
 from clients.training import Job, Models, Predictor
 from fedkd import __version__, protocol
 from fedkd.clipping import clipped
@@ -78,11 +79,16 @@ def train(message: Message, context: Context) -> Message:
     pooled = Total(worker.config, worker.sum) if worker.sum else None
     updates = Stack(1 if pooled else len(order.clients))
 
-    def trained(client: int, version: int) -> protocol.Row:
-        began = time.perf_counter()
-        state = worker.state(client, version)
+    def begun(client: int, version: int) -> Work:
         job = worker.job(order.round, client, personal.get(client), version)
-        update, new_state, metrics = worker.half.update(job, broadcast, state, worker.shard(client, "train"))
+        return Work(job, worker.state(client, version), worker.shard(client, "train"))
+
+    versions = dict(zip(order.clients, order.versions, strict=True))
+    groups = Groups(versions, worker.config.run.group, begun, worker.half.update, broadcast)
+
+    def trained(client: int, version: int) -> protocol.Row:
+        (update, new_state, metrics), seconds = groups.outcome(client)
+        began = time.perf_counter()
         update.check(worker.setup.sizes, "the client")
         update = clipped(update, broadcast, worker.config.privacy.clip_norm) if worker.config.privacy.on else update
         new_state.check(worker.setup.of(client).sizes, "the client")
@@ -94,7 +100,7 @@ def train(message: Message, context: Context) -> Message:
             pooled.add(update, client)
         else:
             updates.add(update)
-        return row | {"seconds": time.perf_counter() - began}
+        return row | {"seconds": seconds + time.perf_counter() - began}
 
     rows, failed = _each(order, trained)
     if pooled and rows:

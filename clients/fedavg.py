@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, fine_tuned
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
@@ -14,7 +12,7 @@ from fedkd.methods.fedavg import Broadcast, State, Update
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """``theta_k <- theta; theta_k <- theta_k - lr * grad CE`` over the local batches; send ``theta_k``."""
-    sgd, loss = start(job, broadcast, state), Mean()
+    sgd, loss = start(job, broadcast, state), job.mean()
     for x, y in job.batches(shard):
         sgd.step(loss.add(cross_entropy(job.model(x), y)))
     return finish(job, shard, loss)
@@ -33,7 +31,7 @@ def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
         update=Update(
             parameters=job.model.parameters.clone(),
             statistics=job.shared_statistics(),
-            examples=torch.tensor(len(shard)),
+            examples=shard.examples,
         ),
         state=State(statistics=job.model.statistics.clone()),
         metrics={"loss": loss.metric()},

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from clients import partial
-from clients.training import Job, Mean, Models, Outcome, Predictor
+from clients.training import Job, Models, Outcome, Predictor
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.fedbabu import Hyper
@@ -17,7 +17,7 @@ from fedkd.partial import Broadcast, State
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """``body_k <- body_k - lr * grad_body CE(body_k, head_0)``; the head stays at its initial parameters head_0."""
     hyper: Hyper = job.hyper
-    sgd, loss = partial.start(job, broadcast, state, hyper.shared(job.model)), Mean()
+    sgd, loss = partial.start(job, broadcast, state, hyper.shared(job.model)), job.mean()
     for x, y in job.batches(shard):
         sgd.step(loss.add(cross_entropy(job.model(x), y)))
     return partial.finish(job, shard, loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from clients import fedavg
-from clients.training import Job, Mean, Outcome
+from clients.training import Job, Outcome
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.fedavg import Broadcast
@@ -27,7 +27,7 @@ def train(job: Job, broadcast: Broadcast, state: State | None, shard: Shard, *, 
     ``gradient_k <- gradient_k - alpha (theta_k - theta_t)`` is ``drift_k <- drift_k + theta_k - theta_t``.  A client
     that has not taken part has gradient zero, so its first participation is FedProx with mu = alpha.
     """
-    sgd, loss = fedavg.start(job, broadcast, state), Mean()
+    sgd, loss = fedavg.start(job, broadcast, state), job.mean()
     anchor = job.model.parameters.clone()
     drift = state.drift.to(job.model.device) if state else torch.zeros_like(anchor)
     centre = anchor - drift

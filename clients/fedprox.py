@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clients import fedavg
-from clients.training import Job, Mean, Outcome
+from clients.training import Job, Outcome
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.fedavg import Broadcast, State
@@ -15,7 +15,7 @@ models = fedavg.models
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """Minimise ``F_k(theta) + mu / 2 * ||theta - theta_global||^2``; the proximal gradient is mu (theta - global)."""
     hyper: Hyper = job.hyper
-    sgd, loss = fedavg.start(job, broadcast, state), Mean()
+    sgd, loss = fedavg.start(job, broadcast, state), job.mean()
     anchor = job.model.parameters.clone()
     for x, y in job.batches(shard):
         sgd.step(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from clients.training import SGD, Job, Mean, Models, Outcome, Predictor, fine_tuned, initial_statistics
+from clients.training import SGD, Job, Models, Outcome, Predictor, fine_tuned, initial_statistics
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.local import Broadcast, State, Update
@@ -14,11 +12,11 @@ from fedkd.methods.local import Broadcast, State, Update
 
 def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) -> Outcome:
     """``theta_k <- theta_k - lr * grad CE`` over the local batches; nothing but a count is sent."""
-    sgd, loss = start(job, state), Mean()
+    sgd, loss = start(job, state), job.mean()
     for x, y in job.batches(shard):
         sgd.step(loss.add(cross_entropy(job.model(x), y)))
     return Outcome(
-        update=Update(examples=torch.tensor(len(shard))),
+        update=Update(examples=shard.examples),
         state=State(
             parameters=job.model.parameters.clone(),
             statistics=job.model.statistics.clone(),

@@ -27,11 +27,11 @@ def load(job: Job, broadcast: Broadcast, state: State | None, own: bool = True) 
     put(broadcast.parameters, shared, parameters)
     if state is not None:
         mine = shared_statistics | own
-        statistics[mine] = state.statistics.cpu()[mine]
+        statistics[..., mine] = state.statistics.cpu()[..., mine]
         if own:
             put(state.parameters, ~shared, parameters)
     if len(broadcast.statistics):
-        statistics[shared_statistics] = broadcast.statistics
+        statistics[..., shared_statistics] = broadcast.statistics
     job.model.load(parameters, statistics)
 
 
@@ -60,8 +60,8 @@ def finish(job: Job, shard: Shard, loss: Mean) -> Outcome:
     return Outcome(
         update=Update(
             parameters=take(parameters, shared),
-            statistics=statistics[statistics_of(job.model, shared) & averaged],
-            examples=torch.tensor(len(shard)),
+            statistics=statistics[..., statistics_of(job.model, shared) & averaged],
+            examples=shard.examples,
         ),
         state=State(parameters=take(parameters, ~shared), statistics=statistics.clone()),
         metrics={"loss": loss.metric()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from clients import fedavg
-from clients.training import Job, Mean, Outcome
+from clients.training import Job, Outcome
 from fedkd.data import Shard
 from fedkd.losses import cross_entropy
 from fedkd.methods.scaffold import Broadcast, Hyper, State, Update
@@ -38,7 +38,7 @@ def train(
         correction: weight of ``c - c_k``.
         reference: ``[P]`` in the place of x in option-2's formula; None: the broadcast model.
     """
-    sgd, loss, steps = fedavg.start(job, broadcast, state), Mean(), 0
+    sgd, loss, steps = fedavg.start(job, broadcast, state), job.mean(), 0
     device = job.model.device
     x0 = job.model.parameters.clone() if reference is None else reference.to(device)
     own = state.control.to(device) if state else torch.zeros_like(x0)

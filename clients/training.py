@@ -111,6 +111,10 @@ class Job:
             return self.model.statistics.clone().cpu()
         return torch.zeros(0)
 
+    def mean(self) -> Mean:
+        """Return a fresh mean of losses over the examples of this participation's batches."""
+        return Mean()
+
     def predictor(self) -> Predictor:
         """Return the workspace's current content as a predictor, in evaluation mode."""
         self.model.module.eval()
@@ -203,11 +207,12 @@ def fine_tuned(job: Job, sgd: SGD, shard: Shard) -> Iterator[Predictor]:
 
 
 def initial_statistics(model: FlatModel) -> torch.Tensor:
-    """Return BatchNorm's initial running statistics ``[S]``: mean 0, variance 1, layer by layer."""
+    """Return BatchNorm's initial running statistics ``[..., S]``: mean 0, variance 1, layer by layer."""
     parts = []
     for norm in model.norms:
         parts += [torch.zeros(norm.num_features), torch.ones(norm.num_features)]
-    return torch.cat(parts) if parts else torch.zeros(0)
+    statistics = torch.cat(parts) if parts else torch.zeros(0)
+    return statistics.expand(model.statistics.shape).clone()
 
 
 class Mean:

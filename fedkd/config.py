@@ -89,6 +89,12 @@ class RunSection(Section):
         description="what nodes send: every client's update, or their exact sum where the server only averages; "
         "the last digits differ",
     )
+    group: int = Field(
+        1,
+        ge=1,
+        description="clients that a node trains at once, for some methods: small models gain, the last digits differ "
+        "(docs/results/speed.md)",
+    )
     on_failure: Literal["auto", "fail", "drop"] = Field(
         "auto",
         description="clients that fail, are late or answer wrongly end the run, or are dropped from the round; "
@@ -328,7 +334,7 @@ class Config(BaseModel):
         Raises:
             UserError: an unknown key (with the nearest right one), a wrong type, or a value out of range.
         """
-        from fedkd.method import load
+        from fedkd.method import check_group, load
 
         method = load(str(flat.get("run.method", RunSection().method)))
         known = set(defaults())
@@ -352,7 +358,9 @@ class Config(BaseModel):
                 parsed[section] = kind.model_validate(values)
             except ValidationError as error:
                 raise UserError(_first_line(section, error)) from None
-        return cls(hyper=parsed[method.name], **{section: parsed[section] for section in _COMMON})
+        config = cls(hyper=parsed[method.name], **{section: parsed[section] for section in _COMMON})
+        check_group(config)
+        return config
 
     @classmethod
     def read(cls, text: str) -> Config:

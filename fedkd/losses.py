@@ -10,13 +10,14 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, per row: ``-log softmax(logits)[label]``.
 
     Args:
-        logits: ``[batch, classes]``.
-        labels: ``[batch]`` integers.
+        logits: ``[..., batch, classes]``.
+        labels: ``[..., batch]`` integers.
 
     Returns:
-        ``[batch]``.
+        ``[..., batch]``.
     """
-    return functional.cross_entropy(logits, labels, reduction="none")
+    rows = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return rows if labels.ndim == 1 else rows.view_as(labels)
 
 
 def kl(target: torch.Tensor, logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from fedkd.config import HyperParameters, Scalar
+from fedkd.config import Config, HyperParameters, Scalar
 from fedkd.errors import UserError, nearest
 from fedkd.models import FlatModel
 from fedkd.payload import Record
@@ -47,6 +47,8 @@ class Method:
         Scoring: what the server sends to all clients when they are scored; None: the broadcast.
         Sum: what a node may send for all of its clients at once (``run.exchange``), if averaging updates is all that
             the server does with them; None: it needs them one by one.
+        groups: clients can be trained several at once (``run.group``): the client half does nothing with a batch but
+            step along the mean of losses per row.
         paper: the source; None for a control.
         variants: readings of the paper that ``<name>.variant`` selects.
         extras: ``(hyper, model, classes, streams, device)`` to workspaces beside the model that both halves hold, by
@@ -66,6 +68,7 @@ class Method:
     Personal: type[Record] | None = None
     Scoring: type[Record] | None = None
     Sum: type[Record] | None = None
+    groups: bool = False
     paper: Paper | None = None
     variants: tuple[str, ...] = ()
     extras: Callable[..., dict[str, FlatModel]] | None = None
@@ -99,3 +102,17 @@ def load(name: str) -> Method:
     if method.name != name:
         raise TypeError(f"fedkd/methods/{name}.py registers '{method.name}': file name and method name must agree")
     return method
+
+
+def check_group(config: Config) -> None:
+    """Check that clients can be trained several at once, where that is asked for.
+
+    Raises:
+        UserError: not those of this method, or not those of devices, which have one group for each device.
+    """
+    group, method = config.run.group, load(config.run.method).under(config.hyper)
+    if group > 1 and not method.groups:
+        able = ", ".join(name for name in names() if load(name).groups)
+        raise UserError(f"run.group = {group}: {method.name} trains its clients one by one; take 1, or one of {able}")
+    if group > 1 and config.data.partition == "devices":
+        raise UserError(f"run.group = {group}: devices train their clients one by one; take 1")

@@ -93,7 +93,7 @@ def from_stage(model: FlatModel, stage: str, setting: str) -> torch.Tensor:
 def statistics_of(model: FlatModel, part: torch.Tensor) -> torch.Tensor:
     """Return the mask ``[S]`` of the running statistics of the BatchNorm layers whose parameters are in a part."""
     weights = model.unflatten(part)
-    mask = torch.zeros(model.statistics.numel(), dtype=torch.bool)
+    mask = torch.zeros(model.statistics.shape[-1], dtype=torch.bool)
     for name, view in model.unflatten_statistics(mask).items():
         view.fill_(bool(weights[f"{name.rpartition('.')[0]}.weight"].all()))
     return mask

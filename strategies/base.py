@@ -259,7 +259,11 @@ class FederatedStrategy(Strategy):
         personal: Mapping[int, Record] | None = None,
     ) -> list[Message]:
         """Write one order for each node that has clients to train or to score."""
-        spread = self._spread(clients, self._nodes(grid)) if self.hosts is None else self._hosted(clients, self.hosts)
+        if self.hosts is None:
+            group = self.setup.config.run.group if kind == MessageType.TRAIN else 1
+            spread = self._spread(clients, self._nodes(grid), group)
+        else:
+            spread = self._hosted(clients, self.hosts)
         packed = pack([broadcast])
         orders = []
         self._asked = []
@@ -280,14 +284,21 @@ class FederatedStrategy(Strategy):
         """Return, for each client, the round that its state is to be from: the last whose update counts; 0: none."""
         return [self._versions.get(client, 0) for client in clients]
 
-    def _spread(self, clients: Iterable[int], nodes: Sequence[int]) -> dict[int, list[int]]:
-        """Spread clients over the nodes, longest first."""
+    def _spread(self, clients: Iterable[int], nodes: Sequence[int], size: int = 1) -> dict[int, list[int]]:
+        """Spread groups of clients over the nodes, longest first.
+
+        Every ``size`` clients in ascending order are a group, so that who is trained with whom does not depend on the
+        nodes.  Only the last one may be smaller, and it is the last of its node too, so that the node finds the same.
+        """
         load: dict[int, float] = dict.fromkeys(nodes, 0.0)
         spread: dict[int, list[int]] = {node: [] for node in nodes}
-        for client in sorted(clients, key=lambda c: (-self.costs[c], c)):
+        ordered = sorted(clients)
+        groups = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        costs = {group[0]: sum(self.costs[client] for client in group) for group in groups}
+        for group in sorted(groups, key=lambda g: (-costs[g[0]], g)):
             node = min(nodes, key=lambda n: load[n])
-            spread[node].append(client)
-            load[node] += self.costs[client]
+            spread[node] += group
+            load[node] += costs[group[0]]
         return spread
 
     @staticmethod

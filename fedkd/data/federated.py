@@ -53,6 +53,11 @@ class Shard:
     def __len__(self) -> int:
         return len(self.y)
 
+    @property
+    def examples(self) -> torch.Tensor:
+        """The number of images, as records hold it."""
+        return torch.tensor(len(self))
+
     def batch(self, rows: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scaled images ``[batch, channels, height, width]`` float32 and classes ``[batch]``."""
         x = self.x[rows]

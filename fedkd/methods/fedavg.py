@@ -70,6 +70,7 @@ METHOD = Method(
     Broadcast=Broadcast,
     Update=Update,
     State=State,
+    groups=True,
     Sum=Sum,
     paper=Paper(
         authors="McMahan, Moore, Ramage, Hampson, Agüera y Arcas",

@@ -41,4 +41,5 @@ METHOD = Method(
     Update=fedavg.Update,
     Sum=fedavg.Sum,
     State=State,
+    groups=True,
 )

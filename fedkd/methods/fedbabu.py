@@ -45,6 +45,7 @@ METHOD = Method(
     Update=partial.Update,
     Sum=partial.Sum,
     State=partial.State,
+    groups=True,
     paper=Paper(
         authors="Oh, Kim, Yun",
         title="FedBABU: Toward Enhanced Representation for Federated Image Classification",

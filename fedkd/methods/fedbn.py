@@ -16,7 +16,7 @@ class Hyper(partial.Hyper):
     def shared(self, model: FlatModel) -> torch.Tensor:
         """Return the mask of all parameters but the scales and shifts of BatchNorm."""
         norms = {name.rpartition(".")[0] for name in model.statistics_shapes}
-        mask = torch.ones(model.parameters.numel(), dtype=torch.bool)
+        mask = torch.ones(model.parameters.shape[-1], dtype=torch.bool)
         for name, view in model.unflatten(mask).items():
             view.fill_(name.rpartition(".")[0] not in norms)
         return mask
@@ -40,6 +40,7 @@ METHOD = Method(
     Update=partial.Update,
     Sum=partial.Sum,
     State=partial.State,
+    groups=True,
     paper=Paper(
         authors="Li, Jiang, Zhang, Kamp, Dou",
         title="FedBN: Federated Learning on Non-IID Features via Local Batch Normalization",

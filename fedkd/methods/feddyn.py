@@ -57,6 +57,7 @@ METHOD = Method(
     Broadcast=fedavg.Broadcast,
     Update=fedavg.Update,
     State=State,
+    groups=True,
     paper=Paper(
         authors="Acar, Zhao, Matas, Mattina, Whatmough, Saligrama",
         title="Federated Learning Based on Dynamic Regularization",

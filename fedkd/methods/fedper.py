@@ -31,6 +31,7 @@ METHOD = Method(
     Update=partial.Update,
     Sum=partial.Sum,
     State=partial.State,
+    groups=True,
     paper=Paper(
         authors="Arivazhagan, Aggarwal, Singh, Choudhary",
         title="Federated Learning with Personalization Layers",

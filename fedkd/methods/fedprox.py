@@ -33,6 +33,7 @@ METHOD = Method(
     Update=fedavg.Update,
     Sum=fedavg.Sum,
     State=fedavg.State,
+    groups=True,
     paper=Paper(
         authors="Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith",
         title="Federated Optimization in Heterogeneous Networks",

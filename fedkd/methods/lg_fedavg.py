@@ -32,6 +32,7 @@ METHOD = Method(
     Update=partial.Update,
     Sum=partial.Sum,
     State=partial.State,
+    groups=True,
     paper=Paper(
         authors="Liang, Liu, Ziyin, Allen, Auerbach, Brent, Salakhutdinov, Morency",
         title="Think Locally, Act Globally: Federated Learning with Local and Global Representations",

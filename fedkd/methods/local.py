@@ -44,4 +44,5 @@ METHOD = Method(
     Broadcast=Broadcast,
     Update=Update,
     State=State,
+    groups=True,
 )

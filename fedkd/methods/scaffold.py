@@ -69,6 +69,7 @@ METHOD = Method(
     Broadcast=Broadcast,
     Update=Update,
     State=State,
+    groups=True,
     paper=Paper(
         authors="Karimireddy, Kale, Mohri, Reddi, Stich, Suresh",
         title="SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
@@ -76,4 +77,5 @@ METHOD = Method(
         arxiv="1910.06378",
     ),
     variants=("option-1", "option-2"),
+    records=lambda hyper: {"groups": hyper.variant == "option-2"},  # option-1 takes another pass over the data
 )
