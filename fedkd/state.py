@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +25,8 @@ from fedkd.payload import PayloadError, Record, Sizes
 
 R = TypeVar("R", bound=Record)
 
-ABANDONED_SECONDS = 60.0
-"""Age at which the part of a file is one that a process left when it died."""
+PART = ".part"
+"""What the name of a file ends with while a process, whose number follows, writes it."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,13 @@ class ClientStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         history = self._history(client, version)
         kept = needed(history, round, self.checkpoint_every) | {version, round}
-        part = path.with_suffix(f".part{os.getpid()}")
+        part = path.with_suffix(f"{PART}{os.getpid()}")
         part.write_bytes(state_bytes(state, history=json.dumps(sorted(kept - {round}))))
         part.replace(path)
         for other in path.parent.iterdir():
             number = int(other.stem)
             if other.suffix != path.suffix:
-                over = _age(other) > ABANDONED_SECONDS
+                over = not _runs(int(other.suffix.removeprefix(PART)))
             else:  # others are of rounds to come, or of another attempt, which this late end of an old order must spare
                 over = number not in kept and (number in history or version < number < round)
             if over:
@@ -109,9 +108,12 @@ class ClientStore:
         return self.folder / f"{client:06d}" / f"{round:06d}.safetensors"
 
 
-def _age(path: Path) -> float:
-    """Return the seconds since a file was written; zero for one that is gone."""
+def _runs(process: int) -> bool:
+    """Return whether there is a process of a number."""
     try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -220,7 +220,7 @@ def test_torn_lines_and_parts_of_files_are_left_out(run_inline: RunInline, tmp_p
     whole = (tmp_path / "checkpoints" / "000002.safetensors").read_bytes()
     (tmp_path / "checkpoints" / "000004.safetensors.part").write_bytes(whole[:100])
     for folder in (tmp_path / "state").iterdir():
-        (folder / "000004.part4242").write_bytes(whole[:100])
+        (folder / f"000004.part{2**22 + 1}").write_bytes(whole[:100])  # a number that no process has
     inline.run(config)
     assert Run.open(tmp_path).digest() == run_inline("scaffold", **EVERY_2).digest()
     trained = {row["client"] for row in Run.open(tmp_path).rows("clients") if row["round"] > 2}

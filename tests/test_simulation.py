@@ -113,7 +113,7 @@ def test_a_failed_run_names_its_client_and_does_not_stop_the_series(
     """A diverging client ends its run with one line that says whose value is not finite; the next run goes on."""
     bad = tiny("fedavg", **{"train.lr": 1e30, "run.clients-per-round": 0, "run.dir": str(tmp_path / "bad")})
     good = tiny("fedavg", **{"run.dir": str(tmp_path / "good")})
-    with pytest.raises(SimulationError, match=r"failed: client \d+: .* not finite: the client diverged") as failed:
+    with pytest.raises(SimulationError, match=r"client \d+ failed: .* not finite: the client diverged") as failed:
         superlink.run([bad, good], 1)
     assert "Traceback" not in str(failed.value)
     assert Run.open(tmp_path / "good").finished
