@@ -58,7 +58,7 @@ class Setup:
             PayloadError: one is below; BatchNorm would take its root.
         """
         for name, spec in record.specs().items():
-            statistics, mask = getattr(record, name), self._variances.get(str(spec.shape[-1:]))
+            statistics, mask = getattr(record, name), self._variances.get(str(spec.shape[-1])) if spec.shape else None
             if mask is not None and (least := float(statistics[..., mask].min())) < 0:
                 raise PayloadError(f"{type(record).__name__}.{name} of {owner} has a running variance of {least:g}")
         return record
@@ -73,7 +73,7 @@ class Setup:
         masks = {"statistics": mask}
         if self.sizes["shared_statistics"]:
             masks["shared_statistics"] = mask[travels]
-        return {str((name,)): mask for name, mask in masks.items() if mask.any()}
+        return {name: mask for name, mask in masks.items() if mask.any()}
 
     @property
     def hyper(self) -> Any:

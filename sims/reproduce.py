@@ -240,6 +240,9 @@ class Adapted(Run):
 
 def _adapted(run: Run, epochs: int, folder: Path) -> Adapted:
     """Return a run with its newcomers' rows, which are kept in a folder; a run of ``local`` has the control's."""
+    from rich.console import Console
+    from rich.progress import track
+
     from sims.adapt import adapt, plan
 
     path = folder / f"{run.folder.name}.json"
@@ -248,7 +251,9 @@ def _adapted(run: Run, epochs: int, folder: Path) -> Adapted:
         return Adapted(run.folder, run.label, kept["rows"])
     alone = run.config.run.method == "local"
     [task] = [task for task in plan([run]) if (task.folder is None) == alone]
-    rows = [row for one in adapt(task, epochs) for row in one]
+    said, count = f"{run.folder.name}: newcomers", len(task.clients)
+    each = track(adapt(task, epochs), said, count, console=Console(stderr=True), transient=True)
+    rows = [row for one in each for row in one]
     folder.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"of": made_of, "rows": rows}).encode())
     return Adapted(run.folder, run.label, rows)

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -229,9 +230,13 @@ class FederatedStrategy(Strategy):
         return MetricRecord({"accuracy": float(np.mean(correct))})
 
     def _alike(self, rows: list[protocol.Row]) -> list[protocol.Row]:
-        """Return the rows that score the models that most did at first; honest clients score the same ones."""
-        scored = [frozenset(row) for row in rows]
-        self._scores = self._scores or max(scored, key=scored.count, default=frozenset())
+        """Return the rows that score the models that most did at first; honest clients score the same ones.
+
+        Of two equally frequent kinds of rows it is that of the lowest client, whichever node answered first.
+        """
+        rows = sorted(rows, key=lambda row: int(row["client"]))
+        if not self._scores and rows:
+            [(self._scores, _)] = Counter(map(frozenset, rows)).most_common(1)
         for row in rows:
             if row.keys() != self._scores:
                 said = f"client {row['client']} says {', '.join(row)}, and others {', '.join(sorted(self._scores))}"

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -486,3 +487,13 @@ def test_the_official_test_set_is_everybodys(idx_root: str) -> None:
     assert all((rows < 200).all() for rows in data.train)
     assert all(rows.tolist() == list(range(200, 300)) for rows in data.test)
     assert data.class_counts("test").tolist() == [[10] * 10] * 6
+
+
+def test_a_fingerprint_is_of_the_images_at_hand(tmp_path: Path) -> None:
+    """Images that are mapped from a file, or a part of it, have that of the same images in memory."""
+    data = federate(tiny())
+    np.save(tmp_path / "x.npy", data.images.train_x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert replace(data, images=replace(data.images, train_x=mapped)).fingerprint() == data.fingerprint()
+    part, copied = (replace(data, images=replace(data.images, train_x=x)) for x in (mapped[1:], np.array(mapped[1:])))
+    assert part.fingerprint() == copied.fingerprint() != data.fingerprint()

@@ -277,6 +277,7 @@ def test_scores_of_other_models_than_the_others(scores: str, tmp_path: Path) -> 
     dropped = run.rows("rounds")[BAD_ROUND - 1]["dropped"]
     clients = sorted(client for each in dropped for client in each["clients"])
     assert {each["exchange"] for each in dropped} == {"evaluate"}
+    assert clients == [1, 3]  # the second node's, of two
     whole = [row for row in straight.rows("evaluations") if row["round"] == BAD_ROUND]
     assert [row for row in run.rows("evaluations") if row["round"] == BAD_ROUND] == [
         row for row in whole if row["client"] not in clients
