@@ -21,7 +21,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -183,30 +183,27 @@ class PrivateSuperLink:
     def close(self) -> None:
         """End the SuperLink and all that it started, by process id, and remove its folder.
 
-        A second Ctrl-C does not interrupt this.
+        What has lost its parent is killed at once: Ray's agents take no notice when they are asked to end.  A second
+        Ctrl-C does not interrupt this.
         """
         with _deaf():
-            processes = self._mine()
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.terminate()
-            _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
-            for process in {*alive, *self._mine()}:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(alive, timeout=STOP_SECONDS)
+            family = self._family()
+            orphans = [process for process in watchdog.processes_of(self._home) if process not in family]
+            _each(psutil.Process.kill, orphans)
+            _each(psutil.Process.terminate, family)
+            _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
+            left = [*alive, *watchdog.processes_of(self._home)]
+            _each(psutil.Process.kill, left)
+            psutil.wait_procs([*orphans, *left], timeout=STOP_SECONDS)
             shutil.rmtree(self._home, ignore_errors=True)
             self._watchdog.communicate()
 
-    def _mine(self) -> list[psutil.Process]:
-        """Return the processes started for this SuperLink: its descendants, and those with its Flower home."""
-        found: dict[int, psutil.Process] = {}
+    def _family(self) -> list[psutil.Process]:
+        """Return the SuperLink and its descendants."""
         if self._process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                found = {p.pid: p for p in (self._process, *self._process.children(recursive=True))}
-        for process in watchdog.processes_of(self._home):
-            found.setdefault(process.pid, process)  # the Popen itself has to be waited for
-        return list(found.values())
+                return [self._process, *self._process.children(recursive=True)]
+        return []
 
     def _healthy(self) -> bool:
         try:
@@ -272,6 +269,8 @@ def require_room(cpus: int, gpus: float) -> None:
         return
     if cpus > default_nodes():
         raise UserError(f"--cpus-per-node {cpus} is more than the {default_nodes()} CPU cores of this machine")
+    if not gpus:
+        return
     import torch
 
     if gpus > torch.cuda.device_count():
@@ -299,9 +298,18 @@ def gpu_share(nodes: int, gpus: int) -> float:
 
 
 def _gpus(config: Config) -> int:
+    if config.run.device == "cpu":
+        return 0
     import torch
 
-    return torch.cuda.device_count() if config.run.device != "cpu" and torch.cuda.is_available() else 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _each(end: Callable[[psutil.Process], None], processes: Sequence[psutil.Process]) -> None:
+    """End those processes that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            end(process)
 
 
 @contextlib.contextmanager
