@@ -9,13 +9,13 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-FIRST_WAIT, LONGEST_WAIT = 0.001, 0.02
+LONGEST_WAIT = 0.02
 DEVICES_WAIT = 0.5
 """The longest wait for devices, which take seconds and are asked over the network."""
 
 
 class PromptGrid(Grid):
-    """Any grid, with replies looked for after 1 ms, then ever less often, at least every 20 ms.
+    """Any grid, with replies looked for after a twentieth of the longest wait, then ever less often.
 
     Args:
         grid: the grid that does the work.
@@ -51,7 +51,7 @@ class PromptGrid(Grid):
         waiting = {name for name in self._grid.push_messages(messages) if name}  # none for what cannot be sent
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
-        wait = FIRST_WAIT
+        wait = self._longest / 20
         while waiting:
             arrived = list(self._grid.pull_messages(waiting))
             replies += arrived
