@@ -6,7 +6,7 @@ export OMP_NUM_THREADS = 1
 # Seed of the moments at which runs are killed: another one each time, to be given to repeat one.
 KILLS ?= $(shell $(PYTHON) -c 'import random; print(random.randrange(10**6))')
 
-.PHONY: docs run test test-fast test-field test-reproductions check format bench config clean
+.PHONY: docs run test test-fast test-field test-outages test-reproductions check format bench config clean
 
 run: .venv/installed
 	$(BIN)/fedkd compare fedavg fedavg_ft fedgen --engine simulation --rounds 30 --seeds 1,2,3 --out runs/digits
@@ -17,9 +17,12 @@ test: .venv/installed-dev
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
-# Three at a time on two cores, since devices mostly wait; two by two in the order of the files, about equally long.
+# All four at a time, also on two cores, since devices mostly wait.
 test-field: .venv/installed-dev
-	FEDKD_KILLS=$(KILLS) $(BIN)/python -m pytest -m field -n 3 --dist load $(shell grep -l pytest.mark.field tests/*.py)
+	FEDKD_KILLS=$(KILLS) $(BIN)/python -m pytest -m field -n 4 --dist load $(shell grep -l pytest.mark.field tests/*.py)
+
+test-outages: .venv/installed-dev
+	$(BIN)/python -m pytest -m outage --dist load $(shell grep -l pytest.mark.outage tests/*.py)
 
 test-reproductions: .venv/installed-dev
 	$(BIN)/python -m pytest -m reproduction --dist load

@@ -79,6 +79,7 @@ def isolated(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> It
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDKD_CACHE", str(base / "cache"))
         patch.setenv("FEDKD_RUNS", str(base / "runs"))
+        patch.setenv("RAY_worker_niceness", "0")  # by default, workers wait for whatever else this machine does
         patch.setattr(results, "environment", functools.cache(results.environment))  # a quarter of a tiny run
         torch.set_num_threads(1)
         yield

@@ -7,6 +7,7 @@ beside that of the same run without a kill.  The commands run in forks of this p
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from conftest import TINY, TINY_METHOD
+
+from fedkd.config import defaults
 
 SETTINGS = TINY | {"run.rounds": 12, "run.checkpoint-every": 3, "run.eval-every": 2, "train.local-steps": 2}
 MOST_KILLS = 4
@@ -160,15 +163,19 @@ def main() -> None:
     """Load what the command loads, and kill."""
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in (
+        "torch._dynamo",
         "clients.app",
         "strategies.app",
         "fedkd.data",
         "fedkd.metrics",
+        "plots.tables",
         "sims.inline",
         "sims.resume",
         "sims.cli",
     ):
         importlib.import_module(name)
+    defaults()  # of every method
+    gc.freeze()  # no command looks through what is here already
     base, seed, kills = Path(sys.argv[1]).resolve(), int(sys.argv[2]), int(sys.argv[3])
     base.mkdir(parents=True, exist_ok=True)
     kill_runs(base, seed, kills)

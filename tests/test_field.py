@@ -30,7 +30,7 @@ from sims import deployment, handout, inline
 from sims.deploy import Deployment, check
 from strategies.app import app as server_app
 
-pytestmark = [pytest.mark.slow, pytest.mark.field]
+pytestmark = pytest.mark.slow
 
 Keys = dict[str, Scalar]
 DEPLOYED: Keys = {
@@ -110,6 +110,7 @@ def base(tmp_path: Path) -> Iterator[Path]:
     assert not mine(tmp_path)
 
 
+@pytest.mark.field
 def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
     """TLS, keys, a process for each device with the data of its own clients: the same digests.
 
@@ -135,6 +136,7 @@ def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
         probe.bind(("127.0.0.1", port))
 
 
+@pytest.mark.field
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root")
 @pytest.mark.skipif(shutil.which("ip") is None, reason="network namespaces need iproute2")
 def test_the_readme_is_followed_in_networks_of_their_own(base: Path) -> None:
@@ -225,6 +227,7 @@ def networks(nodes: int) -> Iterator[tuple[list[str], str]]:
         yield names, "10.213.57.1"
 
 
+@pytest.mark.outage
 def test_devices_die_hang_and_come_back(base: Path) -> None:
     """One is killed and one is stopped in the middle of training: both are dropped, and later take part again.
 

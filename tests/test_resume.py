@@ -420,7 +420,7 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-@pytest.mark.field
+@pytest.mark.outage
 def test_the_workers_of_a_comparison_die_with_it(tmp_path: Path) -> None:
     """They would hold the locks of their runs, and wait for work that never comes."""
     words = ["compare", "fedavg", "--rounds", "100000", "--seeds", "1,2", "--jobs", "2", "--out", str(tmp_path)]
