@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedkd.config import Config, defaults
 from fedkd.data.devices import Description, Place, hosted, parse_clients
 from fedkd.errors import UserError
-from sims import handout
+from sims import handout, hosts
 from sims.doctor import Finding
 from sims.handout import CONNECTION
 
@@ -75,6 +75,7 @@ class Deployment:
         _server_certificate(server, ca, key, self.address)
         (server / CA).write_bytes(ca)
         (server / "nodes").mkdir()
+        _write(server / hosts.FILE, hosts.text({f"node-{node}": self.clients_of(node) for node in range(self.nodes)}))
         _write(server / FLOWER / "config.toml", self._flower())
         _write(server / "app" / "pyproject.toml", self._app())
         _write(server / "fedkd-superlink.service", handout.unit("SuperLink", "server", self.superlink_command()))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedkd.config import Config
 from fedkd.errors import UserError
-from sims import watchdog
+from sims import hosts, watchdog
 from sims.deploy import FLOWER
 from sims.handout import CONNECTION
 from sims.simulation import SimulationError, app_toml, tail
@@ -74,9 +74,15 @@ def run(configs: Sequence[Config], superlink: str) -> None:
         (folder / "error.txt").unlink(missing_ok=True)
     app = Path(tempfile.mkdtemp(prefix="fedkd-app-"))
     guard = watchdog.start(app)
+    environment |= {watchdog.MARK: str(app)}
     try:
-        (app / "pyproject.toml").write_text(app_toml(configs), encoding="utf-8")
-        _flwr_run(app, name, environment | {watchdog.MARK: str(app)}, log)
+        home = environment.get("FLWR_HOME")
+        owners = hosts.of_nodes(Path(home).parent, name, environment) if home else None
+        (app / "pyproject.toml").write_text(app_toml(configs, owners), encoding="utf-8")
+        _flwr_run(app, name, environment, log)
+    except hosts.UnknownNodesError as error:
+        log.write_text(f"{error}\n", encoding="utf-8")
+        raise SimulationError(f"{_why(folders[0], log, superlink)} (log: {log})") from None
     finally:
         guard.communicate()  # it removes the folder
     for folder in folders:

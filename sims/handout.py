@@ -187,6 +187,9 @@ Once, while it runs, let the devices in:
 {_by_hand(f"sh -c {shlex.quote(register)}")}
 ```
 
+Each device's key hosts those clients that `server/hosts.toml` says, and no other key does. Whoever moves a client to
+another device changes that file too. A run knows of what was changed, and which devices were let in, before it.
+
 **Who reaches port {deployment.port} can start runs and register devices**: Flower answers devices and operators on one
 port and asks only devices for a key. Keep it inside a private network, or let a reverse proxy pass devices no more than
 `/v1/fleet/`.

@@ -213,9 +213,15 @@ class PrivateSuperLink:
             return False
 
 
-def app_toml(configs: Sequence[Config]) -> str:
-    """Return the ``pyproject.toml`` of a Flower app that is these runs."""
-    return app_of({"series": json.dumps([config.flat() for config in configs])})
+def app_toml(configs: Sequence[Config], hosts: Mapping[int, str] | None = None) -> str:
+    """Return the ``pyproject.toml`` of a Flower app that is these runs.
+
+    Args:
+        configs: what to run.
+        hosts: which clients each node may host; None: any.
+    """
+    own = {} if hosts is None else {"hosts": json.dumps(hosts)}
+    return app_of({"series": json.dumps([config.flat() for config in configs])} | own)
 
 
 def app_of(config: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd.config import Config
 from fedkd.data import FederatedData, federate
-from fedkd.data.devices import Federation
+from fedkd.data.devices import Federation, parse_clients
 from fedkd.device import pick_device, single_thread
 from fedkd.results import Recorder, Run, run_folder
 from strategies.base import build
@@ -23,6 +23,8 @@ app = ServerApp()
 
 SERIES = "series"
 """Key of a JSON list of configurations (flat keys) to run one after another, in place of one."""
+HOSTS = "hosts"
+"""Key of a JSON object with the clients that each node may host; where it is missing, any node may host any."""
 
 
 @app.main()
@@ -34,9 +36,11 @@ def main(grid: Grid, context: Context) -> None:
     """
     single_thread()
     flat = dict(context.run_config)
+    hosts = json.loads(str(flat.pop(HOSTS, "null")))
     series = json.loads(str(flat.pop(SERIES, "null"))) or [flat]
     methods = sorted({str(member["run.method"]) for member in series if "run.method" in member})
-    devices = Devices(PromptGrid(grid, DEVICES_WAIT), methods)
+    allowed = None if hosts is None else {int(node): parse_clients(clients) for node, clients in hosts.items()}
+    devices = Devices(PromptGrid(grid, DEVICES_WAIT), methods, allowed)
     failures = []
     for member in series:
         try:

@@ -41,10 +41,12 @@ class Devices:
     Args:
         grid: how to reach them.
         methods: the methods that will run.
+        allowed: the clients that each node may host; None: any.
     """
 
     grid: Grid
     methods: Sequence[str]
+    allowed: Mapping[int, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         self._known: dict[str, Federation] = {}
@@ -88,7 +90,7 @@ class Devices:
                 elif node not in found:
                     refused[node] = answer
                     _log.error("fedkd: node %s is refused: %s", node, answer)
-            unfit = judge(found)
+            unfit = judge(found, self.allowed)
             hosted = {c for node, answer in found.items() if node not in unfit for c in answer.fingerprints}
             complete = hosted.issuperset(range(config.run.clients))
             if complete or last_look:
@@ -148,15 +150,24 @@ class Devices:
             time.sleep(LOOK_SECONDS)
 
 
-def judge(found: Mapping[int, Description]) -> dict[int, str]:
+def judge(found: Mapping[int, Description], allowed: Mapping[int, Sequence[int]] | None = None) -> dict[int, str]:
     """Return which nodes have other images or classes than most of them, or host a client that another one does.
 
-    Where no kind of data is that of the most, it is that of the lowest client among them.
+    Where no kind of data is that of the most, it is that of the lowest client among them.  A node with a client that
+    it may not host has no say in that.
+
+    Args:
+        found: what nodes say of themselves.
+        allowed: the clients that each may host; None: any.
     """
     unfit: dict[int, str] = {}
-    if not found:
+    if allowed is not None:
+        for node, mine in found.items():
+            if foreign := mine.fingerprints.keys() - set(allowed.get(node, ())):
+                unfit[node] = f"hosts.toml on the server does not give its key client {listed(sorted(foreign))}"
+    order = sorted(found.keys() - unfit.keys(), key=lambda node: min(found[node].fingerprints))
+    if not order:
         return unfit
-    order = sorted(found, key=lambda node: min(found[node].fingerprints))
     kinds = Counter((found[node].shape, found[node].classes) for node in order)
     usual = max(kinds, key=lambda kind: kinds[kind])  # the first of equals
     first, owner = next(found[n] for n in order if (found[n].shape, found[n].classes) == usual), dict[int, int]()

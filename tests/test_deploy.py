@@ -20,17 +20,21 @@ import numpy as np
 import psutil
 import pytest
 from conftest import tiny
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 from lab import free_port
 from PIL import Image
 from test_resume import is_alive, wait_until
 
 import clients.app
+import strategies.app
 import strategies.devices
 from fedkd import protocol
 from fedkd.config import Scalar
@@ -39,7 +43,7 @@ from fedkd.data.devices import Description, Federation, Place, hosted, parse_cli
 from fedkd.errors import UserError
 from fedkd.payload import PayloadError
 from fedkd.results import Run
-from sims import inline
+from sims import hosts, inline
 from sims.deploy import Deployment, check
 from sims.launch import on_devices
 from strategies.app import app as server_app
@@ -584,6 +588,42 @@ def test_one_node_does_not_say_what_data_is_like() -> None:
     assert judge(found) == {9: "its classes differ from those of client 0: 'b' and 'c'"}
 
 
+def test_a_node_that_claims_another_ones_client_has_no_say() -> None:
+    """It is refused by name, whoever was first, and so is one whose key nobody has named."""
+    found = {7: described([0, 2], classes=("a", "c")), 8: described([1]), 9: described([2])}
+    allowed = {7: (0,), 8: (1,)}
+    assert judge(found, allowed) == dict.fromkeys((7, 9), "hosts.toml on the server does not give its key client 2")
+    assert judge({7: found[7]}, {}) == {7: "hosts.toml on the server does not give its key client 0, 2"}
+
+
+@pytest.mark.usefixtures("patient")
+def test_nobody_takes_the_client_of_another_key(shards: Path, tmp_path: Path) -> None:
+    """The first to say that it hosts a client does not host it; it hears why, and the run starts."""
+    grid = Field([device("2-3", shards, tmp_path), *two(shards, tmp_path)], appear=[1, 1, 4])
+    devices = Devices(PromptGrid(grid), ["fedavg"], {0: (), 1: (0, 1), 2: (2, 3)})
+    assert devices.federation(tiny(**{**TWO, "data.partition": "devices"})).nodes == (1, 1, 2, 2)
+    assert grid.told == [0]
+
+
+@pytest.mark.parametrize(
+    ("first", "said"), [("0,1", ""), ("0", "is refused: hosts.toml on the server does not give its key client 1")]
+)
+def test_the_command_tells_the_app_who_may_host_whom(first: str, said: str, shards: Path, tmp_path: Path) -> None:
+    """By Flower's numbers of the nodes; the digest is that without it."""
+    app, folder = ServerApp(), tmp_path / "run"
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        context.run_config["hosts"] = json.dumps({2: first, 3: "2-3"})
+        strategies.app.main(grid, context)
+
+    config = tiny(**{**TWO, "data.partition": "devices", "run.dir": str(folder)})
+    with pytest.raises(RefusalError, match=said) if said else contextlib.nullcontext():
+        inline.run_apps(app, clients.app.app, config, devices=two(shards, tmp_path))
+    if not said:
+        assert Run(folder).digest() == run_devices(tmp_path / "any", two(shards, tmp_path / "other")).digest()
+
+
 # ---- who is dropped --------------------------------------------------------------------------------------------------
 
 
@@ -737,6 +777,23 @@ def test_init_writes_keys_that_nobody_else_reads(tmp_path: Path) -> None:
     readme = (tmp_path / "lab" / "README.md").read_text()
     for node in range(3):
         assert f'clients="{deployment.clients_of(node)}"' in readme
+
+
+def test_clients_belong_to_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``init`` wrote of each key, by the numbers of the nodes with these keys; a key that has none may nothing."""
+    Deployment(tmp_path / "lab", 2, 8, "localhost").write()
+    server = tmp_path / "lab" / "server"
+    first, second = (load_ssh_public_key((server / "nodes" / f"node-{k}.pub").read_bytes()) for k in (0, 1))
+    nodes = {11: second, 12: first, 13: ec.generate_private_key(ec.SECP384R1()).public_key(), 14: first}
+    known = {node: key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for node, key in nodes.items()}
+    monkeypatch.setattr(hosts, "_nodes", lambda *_: {node: key.decode() for node, key in known.items()})
+    assert hosts.of_nodes(server, "deployed", {}) == {11: "4-7", 12: "0-3", 14: "0-3"}
+    for wrong in ("node-0 = ", "node-0 = 'x'", "node-7 = '1'"):
+        (server / hosts.FILE).write_text(wrong)
+        with pytest.raises(UserError, match=hosts.FILE):
+            hosts.of_nodes(server, "deployed", {})
+    (server / hosts.FILE).unlink()
+    assert hosts.of_nodes(server, "deployed", {}) is None
 
 
 def test_init_overwrites_nothing(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fedkd.config import Config, Scalar
 from fedkd.data.devices import parse_clients, write_split
 from fedkd.errors import UserError
 from fedkd.results import Run, lock
-from sims import deployment, handout, inline
+from sims import deployment, handout, hosts, inline
 from sims.deploy import Deployment, check
 from strategies.app import app as server_app
 
@@ -124,6 +124,9 @@ def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
         at = f"127.0.0.1:{lab.deployment.port}"
         trusted = {finding.what: finding for finding in check(keys, at, "4,5", data[2])}
         assert all(finding.fine for finding in trusted.values()), trusted
+        nodes = hosts.of_nodes(lab.folder / "server", *deployment.connection(str(lab.folder)))
+        assert nodes
+        assert sorted(nodes.values()) == [lab.deployment.clients_of(node) for node in range(4)]
         Deployment(base / "foreign", 1, 1, "127.0.0.1").write()
         foreign = base / "foreign" / "devices" / "node-0"
         assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["TLS"] is False
