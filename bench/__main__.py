@@ -14,6 +14,7 @@ import psutil
 import bench
 from bench.common import Bench, Table
 from bench.flower import flower
+from bench.groups import groups
 from bench.methods import methods
 from bench.overhead import overhead, pfl
 from bench.scaling import scaling
@@ -25,6 +26,7 @@ QUESTIONS: dict[str, Callable[[Bench], list[Table]]] = {
     "overhead": overhead,
     "flower": flower,
     "scaling": scaling,
+    "groups": groups,
     "methods": methods,
     "server": server,
     "startup": startup,

@@ -50,13 +50,14 @@ def overhead(bench: Bench) -> list[Table]:
 
 def pfl(bench: Bench) -> list[Table]:
     """Compare the work of pfl-research's benchmark with the bare loop and with a plain Flower app."""
+    sums = partial(bench.ours, PFL, run__exchange="sums")
+    last = partial(sums, model__memory_format="channels-last")
     contestants = {
         "bare loop": partial(bare, PFL, bench.nodes),
         "ours": partial(bench.ours, PFL),
-        "ours, exact sums": partial(bench.ours, PFL, run__exchange="sums"),
-        "ours, exact sums, channels-last": partial(
-            bench.ours, PFL, run__exchange="sums", model__memory_format="channels-last"
-        ),
+        "ours, exact sums": sums,
+        "ours, exact sums, channels-last": last,
+        "ours, exact sums, channels-last, bfloat16": partial(last, model__precision="bfloat16"),
         "plain Flower app": partial(flower.plain, bench, PFL),
     }
     return [compared(str(PFL), in_turn(contestants, bench.repetitions))]

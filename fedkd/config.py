@@ -217,6 +217,12 @@ class ModelSection(Section):
         description="how images lie in memory; channels-last makes larger convolutions faster and small ones slower, "
         "and rounds differently (docs/results/speed.md)",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="what convolutions and linear layers compute in, by PyTorch's autocast; weights, their steps and "
+        "what is sent stay float32. bfloat16 keeps 8 significant bits and is faster only where the processor computes "
+        "in it (docs/results/speed.md)",
+    )
     client_models: str = Field(
         "",
         description="comma-separated model names, given to the clients in turn, for methods that exchange no "

@@ -31,13 +31,21 @@ class StagedModel(nn.Module):
         stages: name and module of each stage, first to last.
         input_shape: ``(channels, height, width)`` of an image.
         channels_last: how convolutions shall lie in memory, for :class:`FlatModel`; images then follow them.
+        in_bfloat16: convolutions and linear layers compute in it; parameters, and what a call takes and gives, do not.
     """
 
-    def __init__(self, stages: OrderedDict[str, nn.Module], input_shape: Shape, channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        stages: OrderedDict[str, nn.Module],
+        input_shape: Shape,
+        channels_last: bool = False,
+        in_bfloat16: bool = False,
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.input_shape = input_shape
         self.channels_last = channels_last
+        self.in_bfloat16 = in_bfloat16
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -54,13 +62,14 @@ class StagedModel(nn.Module):
             logits ``[batch, classes]``, or what the stage ``stop`` takes.
         """
         running = start is None
-        for name, stage in self.stages.items():
-            if name == stop:
-                break
-            running = running or name == start
-            if running:
-                x = stage(x)
-        return x
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            for name, stage in self.stages.items():
+                if name == stop:
+                    break
+                running = running or name == start
+                if running:
+                    x = stage(x)
+        return x.float() if self.in_bfloat16 else x
 
     def input_of(self, stage: str, setting: str = "stage") -> Shape:
         """Return the shape, without the batch, of what a stage takes.
@@ -245,7 +254,8 @@ def build(config: ModelSection, input_shape: Shape, classes: int, streams: Strea
         torch.manual_seed(own.seed if config.init == "torch-seed" else own.number("model"))
         try:
             stages = OrderedDict(_MODELS[name](config, input_shape, classes))
-            model = StagedModel(stages, input_shape, config.memory_format == "channels-last")
+            last, bfloat16 = config.memory_format == "channels-last", config.precision == "bfloat16"
+            model = StagedModel(stages, input_shape, last, bfloat16)
             model.input_of("head")
         except (RuntimeError, ZeroDivisionError, ValueError) as error:
             if too_much(error):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from bench import common, images, memory, methods, timed
+from bench import common, groups, images, memory, methods, timed
 from bench.flower import LARGE, SMALL
 from bench.memory import Peak, role
 from bench.overhead import FIXED, MNIST, PFL
@@ -53,7 +53,7 @@ def test_only_as_many_images_are_dealt_out_as_the_work_says(tmp_path: Path) -> N
     assert list(federate(work.config(root, tmp_path / "run")).sizes()) == [8] * 5
 
 
-@pytest.mark.parametrize("work", [MNIST, FIXED, PFL, SMALL, LARGE, methods.WORK], ids=str)
+@pytest.mark.parametrize("work", [MNIST, FIXED, PFL, SMALL, LARGE, methods.WORK, *groups.WORKS], ids=str)
 def test_a_pass_is_whole_batches(work: common.Work) -> None:
     """Else the contestants would not take the same steps."""
     assert work.images == work.steps * work.batch

@@ -280,6 +280,17 @@ def test_every_setting_of_local_training_changes_the_result(run_inline: RunInlin
     assert changed != learned(run_inline(method, **base)), f"{name} changes nothing for {method}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", names())
+def test_every_method_computes_in_bfloat16_where_it_is_asked_to(run_inline: RunInline, method: str) -> None:
+    """What is learned differs, and scores are about the same."""
+    exact = run_inline(method, **SHORT)
+    rounded = run_inline(method, **SHORT, **{"model.precision": "bfloat16"})
+    assert learned(rounded) != learned(exact)
+    correct = [run.frame("evaluations").filter(like="_correct").sum().iloc[0] for run in (exact, rounded)]
+    assert abs(correct[1] - correct[0]) <= 0.2 * exact.frame("evaluations")["total"].sum()
+
+
 def test_a_hyper_parameter_that_changes_nothing_would_be_found() -> None:
     """The rules for changed values give another value for every kind of field there is."""
 

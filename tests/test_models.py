@@ -230,6 +230,23 @@ def test_channels_last_is_the_same_model_in_another_order(name: str) -> None:
         assert not convolution or views[1][key].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("name", ["fedgen_cnn", "fedavg_cnn", "lenet5", "linear", "mlp", "pfl_cnn", "resnet18"])
+def test_bfloat16_is_the_same_model_with_fewer_digits(name: str) -> None:
+    """Weights are the same, and what comes in and out is float32; products are rounded to eight bits."""
+    plain, coarse = (FlatModel(made(name, CIFAR, precision=precision)) for precision in ("float32", "bfloat16"))
+    assert torch.equal(coarse.parameters, plain.parameters)
+    x, y = torch.randn(8, *CIFAR, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+    logits = [model(x) for model in (plain, coarse)]
+    losses = [nn.functional.cross_entropy(out, y) for out in logits]
+    gradients = [model.backward(loss) for model, loss in zip((plain, coarse), losses, strict=True)]
+    for (exact, rounded), most in ((logits, 0.05), (gradients, 0.25)):
+        assert rounded.dtype == torch.float32
+        assert 1e-4 < float((rounded - exact).detach().norm() / exact.detach().norm()) < most
+    middle = coarse(x, stop="head")
+    assert middle.dtype == torch.float32
+    assert torch.equal(coarse(middle, start="head"), logits[1])
+
+
 def test_load_sets_parameters_and_statistics(flat: FlatModel) -> None:
     """Without statistics those of the workspace stay."""
     flat.load(torch.full_like(flat.parameters, 2.0), torch.full_like(flat.statistics, 3.0))

@@ -59,7 +59,7 @@ def extras(
     shape = model.input_of(hyper.head, "fedrod.head")
     names = model.stage_names[model.stage_names.index(hyper.head) :]
     stages: OrderedDict[str, torch.nn.Module] = OrderedDict((name, copy.deepcopy(model.stages[name])) for name in names)
-    return {"personal_head": FlatModel(StagedModel(stages, shape), device)}
+    return {"personal_head": FlatModel(StagedModel(stages, shape, in_bfloat16=model.in_bfloat16), device)}
 
 
 METHOD = Method(
