@@ -54,16 +54,21 @@ class PrivateSuperLink:
         self._log = self._home / "superlink.log"
         self._process: psutil.Popen | None = None
         self._watchdog = watchdog.start(self._home)
-        self.environment = os.environ | {
-            watchdog.HOME: str(self._home),
-            FLOWER_SWITCH: "1",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "RAY_TMPDIR": str(self._home),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
+        # By Ray's own default, 15, clients would wait for everything else that runs here.
+        self.environment = (
+            {"RAY_worker_niceness": "0"}
+            | os.environ
+            | {
+                watchdog.HOME: str(self._home),
+                FLOWER_SWITCH: "1",
+                "FLWR_DISABLE_UPDATE_CHECK": "1",
+                "FLWR_TELEMETRY_ENABLED": "0",
+                "RAY_TMPDIR": str(self._home),
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "OMP_NUM_THREADS": "1",
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            }
+        )
 
     @property
     def _address(self) -> str:
