@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from fedkd.errors import UserError
 from fedkd.results import Run
@@ -142,6 +143,41 @@ def setting(runs: Sequence[Run]) -> style.CaptionedFigure:
         f"Accuracy of the clients, weighted equally, at the last evaluation, over {key}: mean over seeds, with a band "
         f"of one sample standard deviation where there are several "
         f"({describe_seeds({group.label: len(group.runs) for group in found})}); {describe(runs)}."
+    )
+    return figure
+
+
+@style.styled()
+def gains(above: pd.DataFrame, key: str, control: str) -> style.CaptionedFigure:
+    """Draw how far rows are above a control over the steps of what was varied, a line a row.
+
+    Args:
+        above: a line per row, step and seed: ``row``, its ``method``, ``at`` (name of the step) and ``gain`` in points.
+        key: what was varied.
+        control: what the gains are above.
+
+    Returns:
+        a figure as wide as one column.
+    """
+    names = list(dict.fromkeys(above["at"]))
+    figure = style.new_figure(style.SINGLE, 2.25)
+    axes = figure.add_subplot()
+    axes.axhline(0, color=style.GREY, linewidth=0.8, zorder=1.5)
+    places = np.arange(len(names), dtype=float)
+    seen: dict[str, int] = {}
+    for row, mine in above.groupby("row", sort=False):
+        method = mine["method"].iloc[0]
+        seen[method] = variant = seen.get(method, -1) + 1
+        values = np.array([mine.loc[mine["at"] == name, "gain"] for name in names]).T
+        style.band(figure, axes, key, str(row), style.line(method, variant), places, values, 0)
+    axes.set_xticks(places, [name.replace(", ", "\n") for name in names])
+    axes.minorticks_off()
+    axes.set_xlabel(key)
+    axes.set_ylabel(f"points above {control}")
+    style.legend(figure, *axes.get_legend_handles_labels())
+    figure.caption = (
+        f"Accuracy of the clients at the last evaluation minus that of {control} with the same seed, over {key}: mean "
+        "over seeds, with a band of one sample standard deviation where there are several."
     )
     return figure
 

@@ -348,6 +348,7 @@ def reproduce(
     """Make a published table again: the published value, ours and the controls beside each other, and the figures.
 
     Finished runs in the folder are used and interrupted ones go on, so a table that was stopped goes on.
+    Without --out, those of the paper's other tables are used too.
 
     Examples:
 
@@ -367,8 +368,9 @@ def reproduce(
         return
     experiment = tables.Experiment.read(name, scale)
     folder = writable(out or Path("runs/reproduce") / experiment.name / scale)
+    beside = [] if out else sorted(folder.parent.parent.glob(f"*/{scale}"))
     overrides = _flat({"data.root": root}, settings, [row.method for row in experiment.rows])
-    runs = tables.reproduce(experiment, overrides, _seeds(seeds), folder, jobs or default_nodes())
+    runs = tables.reproduce(experiment, overrides, _seeds(seeds), folder, jobs or default_nodes(), beside)
     files = tables.write(experiment, runs, folder)
     out_console.print(f"{experiment.title} (scale {scale})", soft_wrap=True, highlight=False, markup=False)
     print((folder / "table.md").read_text(encoding="utf-8"))

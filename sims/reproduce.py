@@ -1,17 +1,18 @@
 """Published tables again: rows of settings, seeds, and the published value and the control beside ours.
 
 ``sims/<paper>/experiment.toml`` holds one table of a paper, or several, each with the settings that its rows share, its
-scales, and for each row a method and what differs.  ``sims/<paper>/published.toml`` holds the published numbers with
-their sources.  Finished runs are used, not run again.
+scales, and for each row a method and what differs.  A table may repeat its rows over some settings.
+``sims/<paper>/published.toml`` holds the published numbers with their sources.  Finished runs are used, not run again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +47,8 @@ class Row:
         control: whether it is a control and no method of the paper.
         against: names of the rows that it is compared with, seed by seed.
         published: the published value, or an empty string.
+        line: in a table that is over some settings, the label without them.
+        at: which of them this row has; empty: it stands for all.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Row:
     control: bool
     against: Sequence[str]
     published: str
+    line: str
+    at: str
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Experiment:
         rows: the rows of this scale.
         adapt_epochs: epochs for which clients that were held out adapt what each run ends with; the table is of them,
             an epoch in the place of a round.  0: it is of the runs' own clients.
+        over: the settings over which the rows are repeated, each with its name in the table; empty: they are not.
     """
 
     name: str
@@ -88,6 +94,7 @@ class Experiment:
     settings: Mapping[str, Scalar]
     rows: Sequence[Row]
     adapt_epochs: int = 0
+    over: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str, scale: str = "cpu") -> Experiment:
@@ -116,11 +123,12 @@ class Experiment:
             log=raw.get("log", []),
             settings=raw["settings"] | raw["scales"][scale],
             rows=[
-                _row(key, row, raw.get("against", []), published)
-                for key, row in raw["rows"].items()
+                _row(key, row, published)
+                for key, row in _repeated(raw["rows"], raw.get("against", []), raw.get("over", {})).items()
                 if scale in row.get("scales", SCALES)
             ],
             adapt_epochs=raw.get("adapt-epochs", 0),
+            over=raw.get("over", {}),
         )
 
     def flat(self, row: Row, seed: int, overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -141,18 +149,55 @@ def title(name: str) -> str:
     return f"{raw['title']} (scales: {', '.join(raw['scales'])})"
 
 
-def _row(name: str, raw: Mapping[str, Any], against: Sequence[str], published: Mapping[str, str]) -> Row:
+def _repeated(
+    rows: Mapping[str, Mapping[str, Any]], against: Sequence[str], over: Mapping[str, Mapping[str, Scalar]]
+) -> dict[str, Mapping[str, Any]]:
+    """Return the rows with all that they are compared with, each repeated over some settings.
+
+    A row that has these settings itself, or a method that they do not concern, is there once and stands for all.  Runs
+    and comparisons are with the row of the same settings.
+    """
+    from fedkd.method import names
+
+    keys = {key for settings in over.values() for key in settings}
+
+    def concerned(row: Mapping[str, Any]) -> bool:
+        mine = rows[row["runs"]] if "runs" in row else row
+        others = set(names()) - {mine["method"]}
+        return any(key.partition(".")[0] not in others and key not in mine.get("settings", {}) for key in keys)
+
+    def named(name: str, at: str) -> str:
+        return f"{name}-{re.sub(r'[^a-z0-9.]+', '-', at.lower())}" if at and concerned(rows[name]) else name
+
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, row in rows.items():
+        for at in over if concerned(row) else [""]:
+            mine = {
+                "label": f"{row['label']}, {at}" if at else row["label"],
+                "settings": {} if "runs" in row else row.get("settings", {}) | over.get(at, {}),
+                "runs": named(row.get("runs", name), at),
+                "against": [named(other, at) for other in (*against, *row.get("against", [])) if other != name],
+                "line": row["label"],
+                "at": at,
+            }
+            found[named(name, at)] = {**row, **mine}
+    return found
+
+
+def _row(name: str, raw: Mapping[str, Any], published: Mapping[str, str]) -> Row:
     control = raw.get("control", False)
     return Row(
         name=name,
         label=raw["label"],
         method=raw["method"],
-        settings=raw.get("settings", {}),
-        runs=raw.get("runs", name),
+        settings=raw["settings"],
+        runs=raw["runs"],
         score=raw.get("score", "personal"),
         control=control,
-        against=[] if control else [other for other in (*against, *raw.get("against", [])) if other != name],
+        against=[] if control else raw["against"],
         published=published[raw["published"]] if "published" in raw else "",
+        line=raw["line"],
+        at=raw["at"],
     )
 
 
@@ -184,7 +229,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def reproduce(
-    experiment: Experiment, overrides: Mapping[str, Scalar], seeds: Sequence[int], out: Path, jobs: int
+    experiment: Experiment,
+    overrides: Mapping[str, Scalar],
+    seeds: Sequence[int],
+    out: Path,
+    jobs: int,
+    beside: Sequence[Path] = (),
 ) -> dict[str, list[Run]]:
     """Run what is missing of an experiment and return every row's runs, a run per seed.
 
@@ -194,17 +244,21 @@ def reproduce(
         seeds: one run per row and seed.
         out: folder of the runs.
         jobs: runs at a time.
+        beside: folders of other tables, whose finished runs are used where the settings are the same.
     """
     from sims.launch import launch_all, place_series, prepare
 
     folders: dict[str, list[str]] = {}
     waiting: list[Config] = []
+    others = [Run(path.parent) for folder in beside for path in sorted(folder.glob("*/config.toml"))]
+    made = {run.config.settings_hash(): run.folder for run in others if run.finished}
     for seed in seeds:
         for row in experiment.rows:
             if row.runs == row.name:
-                config, finished = place_series(
-                    prepare(experiment.flat(row, seed, overrides)), out / f"{row.name}-s{seed}"
-                )
+                config = prepare(experiment.flat(row, seed, overrides))
+                folder = out / f"{row.name}-s{seed}"
+                where = folder if folder.exists() else made.get(config.settings_hash(), folder)
+                config, finished = place_series(config, where)
                 folders.setdefault(row.name, []).append(config.run.dir)
                 if not finished:
                     waiting.append(config)
@@ -388,10 +442,14 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     own = [(row, run) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
     trained = [(row, run) for row, run in own if not (experiment.adapt_epochs and row.method == "local")]
     drawn = [Run(run.folder, row.label) for row, run in trained]
-    figures = {"convergence": convergence(drawn), "fairness": fairness(drawn)}
+    figures = (
+        {"over": _over(experiment, runs)}
+        if experiment.over
+        else {"convergence": convergence(drawn), "fairness": fairness(drawn)}
+    )
     if experiment.adapt_epochs:
         figures["newcomers"] = _newcomers([(row.label, run) for row, run in own if isinstance(run, Adapted)])
-    if any(row.score == "global" for row in experiment.rows):
+    if any(row.score == "global" for row in experiment.rows) and not experiment.over:
         figures["convergence-global"] = convergence(drawn, column="global")
     for name, figure in figures.items():
         files |= dict.fromkeys(style.save(figure, out / name), "")
@@ -405,6 +463,30 @@ def _newcomers(runs: Sequence[tuple[str, Adapted]]) -> CaptionedFigure:
     from plots.adapt import adaptation
 
     return adaptation(pd.DataFrame({**row, "label": label} for label, run in runs for row in run.newcomers))
+
+
+def _over(experiment: Experiment, runs: Runs) -> CaptionedFigure:
+    """Draw what the rows' last rounds are above the control that they are compared with first, seed by seed.
+
+    Rows of global models are left out.
+    """
+    import pandas as pd
+
+    from plots.sweep import gains
+
+    last = {row.name: [float(curve[-1]) for curve in _curves(experiment, row, runs)] for row in experiment.rows}
+    line = {row.name: row.line for row in experiment.rows}
+    control = line[next(row.against[0] for row in experiment.rows if row.against)]
+    alone = {row.at: last[row.name] for row in experiment.rows if row.line == control}
+    above = pd.DataFrame(
+        {"row": row.line, "method": row.method, "at": at, "gain": mine - its}
+        for row in experiment.rows
+        if row.score == "personal" and row.line != control
+        for at in ([row.at] if row.at else experiment.over)
+        for mine, its in zip(last[row.name], alone.get(at, alone.get("", [])), strict=True)
+    )
+    keys = dict.fromkeys(key for settings in experiment.over.values() for key in settings)
+    return gains(above, ", ".join(keys), control)
 
 
 _HEADINGS = {

@@ -34,6 +34,7 @@ TABLE_KEYS = {
     "log",
     "like",
     "adapt-epochs",
+    "over",
 }
 ROW_KEYS = {"label", "method", "settings", "runs", "score", "control", "against", "published", "scales"}
 
@@ -156,7 +157,7 @@ def test_fedgen_table_is_the_one_that_was_measured() -> None:
         (["pgfed/cifar11"], "unknown experiment 'pgfed/cifar11'; did you mean 'pgfed/cifar10'?"),
         (["fedftg", "--scale", "cpus"], "unknown scale 'cpus'; did you mean 'cpu'? (known: smoke, cpu, paper)"),
         (["fedd2s/cifar10", "--scale", "paper"], "fedd2s/cifar10 has no scale 'paper' (it has: smoke, cpu)"),
-        (["fedd2s"], "'fedd2s' has several tables; name one: fedd2s/cifar10, fedd2s/femnist"),
+        (["fedd2s"], "'fedd2s' has several tables; name one: fedd2s/cifar10, fedd2s/femnist, fedd2s/"),
         (["fedftg", "--scale", "smoke", "--seeds", "1,x"], "--seeds '1,x' is not a list of whole numbers"),
         (["fedftg", "--scale", "smoke", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
     ],
@@ -227,6 +228,26 @@ scales = {{ smoke = {{ }} }}
 [two.rows.more]
 label = "one more"
 method = "local"
+
+[three]
+like = "one"
+title = "A sweep"
+
+[three.over]
+"Half, at most" = {{ "apfl.alpha" = 0.5 }}
+"none" = {{ "apfl.alpha" = 0.0 }}
+
+[three.rows.free]
+label = "APFL, any"
+method = "apfl"
+against = ["mixed"]
+
+[four]
+like = "three"
+
+[four.over]
+"one step" = {{ "train.local-steps" = 1 }}
+"two" = {{ "train.local-steps" = 2 }}
 """
 NUMBERS = """
 [[number]]
@@ -363,6 +384,52 @@ def test_a_table_takes_over_what_it_is_like() -> None:
     assert two.settings == {**one.settings, "train.lr": 0.5}
     assert (one.best_rounds, two.best_rounds) == (1, 2)
     assert two.title == "Another example"
+
+
+@pytest.mark.usefixtures("example")
+def test_rows_are_repeated_over_settings_that_concern_them() -> None:
+    """A row that has the setting itself, or a method that has no such setting, stands for all."""
+    three, four = Experiment.read("example/three", "smoke"), Experiment.read("example/four", "smoke")
+    rows = {row.name: row for row in three.rows}
+    assert list(rows) == ["global", "after", "mixed", "free-half-at-most", "free-none"]
+    assert rows["free-none"].label == "APFL, any, none"
+    assert [rows[name].settings for name in ("free-half-at-most", "mixed")] == [{"apfl.alpha": a} for a in (0.5, 0.25)]
+    assert rows["free-none"].against == ["after", "mixed"]
+    rows = {row.name: row for row in four.rows}
+    assert [name for name in rows if name.endswith("-two")] == ["global-two", "after-two", "mixed-two", "free-two"]
+    assert (rows["global-two"].runs, rows["global-two"].settings) == ("after-two", {})
+    assert rows["mixed-two"].settings == {"apfl.alpha": 0.25, "train.local-steps": 2}
+    assert rows["free-two"].against == ["after-two", "mixed-two"]
+
+
+@pytest.mark.usefixtures("example")
+def test_a_sweep_uses_the_runs_of_the_tables_beside_it(
+    fedkd: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What another table of the paper has run is not run again, and the figure is of the gains over the control."""
+    words = ["--scale", "smoke", "--seeds", "1,2", "--jobs", "1"]
+    assert fedkd("reproduce", "example/one", *words) == 0
+    assert fedkd("reproduce", "example/three", *words) == 0
+    out = tmp_path / "runs" / "reproduce" / "example"
+    own = [f"free-{at}-s{seed}" for at in ("half-at-most", "none") for seed in (1, 2)]
+    assert sorted(path.name for path in (out / "three" / "smoke").iterdir() if path.is_dir()) == own
+    after, mixed = (
+        [_curve(out / "one" / "smoke" / f"{row}-s{n}", "personal")[-1] for n in (1, 2)] for row in ("after", "mixed")
+    )
+    free = [_curve(out / "three" / "smoke" / f"free-none-s{n}", "personal")[-1] for n in (1, 2)]
+    drawn = pd.read_csv(out / "three" / "smoke" / "over.csv").set_index(["series", "x"])
+    assert (
+        drawn.loc[("APFL", 0), "y"]
+        == drawn.loc[("APFL", 1), "y"]
+        == pytest.approx(np.subtract(mixed, after).mean(), abs=1e-4)
+    )
+    assert drawn.loc[("APFL, any", 1), "y"] == pytest.approx(np.subtract(free, after).mean(), abs=1e-4)
+    before = contents(out)
+    monkeypatch.setattr(launch, "launch_all", None)
+    assert fedkd("reproduce", "example/three", *words) == 0
+    assert contents(out) == before
+    with pytest.raises(TypeError):  # elsewhere there are no other tables
+        fedkd("reproduce", "example/three", *words, "--out", str(tmp_path / "elsewhere"))
 
 
 def test_a_table_of_newcomers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def test_a_table_is_made_and_a_second_call_runs_nothing(name: str, tmp_path: Pat
     experiment = reproduce.Experiment.read(name, "smoke")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert all(row.label in table for row in experiment.rows)
-    assert {"table.csv", "table.tex", "convergence.png", "convergence.pdf"} <= {path.name for path in first}
+    figure = "over" if experiment.over else "convergence"
+    assert {"table.csv", "table.tex", f"{figure}.png", f"{figure}.pdf"} <= {path.name for path in first}
     runs = {path: found for path, found in first.items() if path.name == "rounds.jsonl"}
     assert len(runs) == len({row.runs for row in experiment.rows})
     subprocess.run(command, check=True, timeout=600)
