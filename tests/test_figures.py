@@ -39,7 +39,7 @@ from plots.mechanisms import apfl_alpha, fedd2s_drops, pgfed_alpha
 from plots.partition import partition_of
 from plots.samples import fedftg_images, fedgen_latent
 from plots.significance import claims, differences, holm, ranks
-from plots.sweep import heatmap
+from plots.sweep import gains, heatmap
 
 pytestmark = pytest.mark.slow
 
@@ -565,6 +565,27 @@ def test_many_classes_of_generated_samples_are_legible(tmp_path: Path) -> None:
     finish(pgfed, alpha=draws.random((100, 100)).astype(np.float32))
     for function, run in ((fedgen_latent, fedgen), (fedftg_images, fedftg), (pgfed_alpha, pgfed)):
         assert_legible(function([run]))
+
+
+def test_gains_over_steps_with_long_names_are_legible() -> None:
+    """The mean over seeds of what each row is above the control, a step beside the other."""
+    steps = ("head, latent", "head, latent, conv2", "latent, conv2, conv1", "all four")
+    rows = {"FedAvg after the same local steps": "fedavg_ft", "pooled-linear": "fedd2s", "deep-layers": "fedd2s"}
+    draws = np.random.default_rng(1)
+    above = pd.DataFrame(
+        {"row": row, "method": method, "at": at, "gain": draws.normal()}
+        for row, method in rows.items()
+        for at in steps
+        for _ in range(3)
+    )
+    figure = gains(above, "fedd2s.dropping-set", "local")
+    [axes] = figure.axes
+    assert_legible(figure)
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    for row in rows:
+        expected = [above["gain"][(above["row"] == row) & (above["at"] == at)].mean() for at in steps]
+        assert list(drawn[row].get_ydata()) == pytest.approx(expected)
+    assert axes.get_ylabel() == "points above local"
 
 
 def test_settings_with_long_names_are_legible(sweep: list[Run]) -> None:
