@@ -531,6 +531,19 @@ def test_small_gradients_are_no_measure() -> None:
     assert list(robust.refused(tiny("scaffold"), sent, {0: update(1e-9), 1: update(1e-9), 2: update(1e4)})) == [2]
 
 
+def test_small_representations_are_no_measure() -> None:
+    """FedD2S sends no model: where most clients' first stage gives nothing any more, the one whose does is no fault."""
+    kind = load("fedd2s").Update
+
+    def update(length: float) -> Any:
+        fields = {"soft_labels": torch.eye(4), "representations": torch.full((4, 9), length / 6)}
+        return kind(**fields, labels=torch.arange(4), label_counts=torch.ones(4, dtype=torch.int64))
+
+    sent = load("fedd2s").Broadcast(torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64))
+    assert not robust.refused(tiny("fedd2s"), sent, {0: update(1e-3), 1: update(1e-3), 2: update(20.0)})
+    assert list(robust.refused(tiny("fedd2s"), sent, {0: update(1e-3), 1: update(1e-3), 2: update(1e4)})) == [2]
+
+
 def test_rules_get_long_updates_as_they_are(tmp_path: Path) -> None:
     """Who takes a rule or a clip wants the round with them; the run does not end."""
     for key, value in {"aggregation.rule": "median", "aggregation.clip-norm": 1.0}.items():
