@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -62,7 +63,8 @@ class StagedModel(nn.Module):
             logits ``[batch, classes]``, or what the stage ``stop`` takes.
         """
         running = start is None
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+        coarse = self.in_bfloat16 and not x.is_meta  # which has no numbers to round
+        with torch.autocast(x.device.type, torch.bfloat16) if coarse else nullcontext():
             for name, stage in self.stages.items():
                 if name == stop:
                     break

@@ -167,11 +167,12 @@ def test_generated_batches_have_a_bound() -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_with_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_does_not_fit_is_said_with_the_sizes(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A width within bounds may still be too much for this machine; an ordinary one is not even asked about."""
     monkeypatch.setattr(memory, "_free", lambda device: 2_000)
     monkeypatch.setattr(memory, "ORDINARY", 9)
-    config = tiny("fedavg", **{"model.hidden": 10})
+    config = tiny("fedavg", **{"model.hidden": 10, "model.precision": precision})
     with pytest.raises(
         UserError, match=r"^model\.hidden = 10 needs 0\.0 GB of memory, and 0\.0 GB are free; take less$"
     ):
