@@ -248,15 +248,24 @@ def _processes(count: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Keep Ctrl-C from processes that the block starts: this one hears it after the block, and ends them in silence."""
+    """Keep Ctrl-C from processes that the block starts: this one hears it after the block, and ends them in silence.
+
+    They inherit the mask.  It is not enough here: another thread may take the signal, and Python would break off the
+    block in this one, between a process and what it is told.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _inline(flat: Mapping[str, Scalar], nodes: int) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -172,6 +173,23 @@ def test_a_closed_terminal_ends_a_run_unless_nohup_keeps_it_away(
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN if kept_away else signal.SIG_DFL)
     assert fedkd("--help") == 0
     assert (signal.SIGHUP in heard) != kept_away
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked")
+def test_an_interrupt_that_another_thread_takes_waits_for_the_workers_too() -> None:
+    """Python would raise it in this thread all the same, between a process and what it is told."""
+    started, over = [], threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), launch._unheard():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            started.append("whole")
+    finally:
+        over.set(), other.join()
+    assert started == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
