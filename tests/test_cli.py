@@ -180,12 +180,17 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_workers_too() -> N
     """Python would raise it in this thread all the same, between a process and what it is told."""
     started, over = [], threading.Event()
     other = threading.Thread(target=over.wait)
-    other.start()
-    try:
-        with pytest.raises(KeyboardInterrupt), launch._unheard():
+
+    def start_workers() -> None:
+        with launch._unheard():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
             started.append("whole")
+
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_workers()
     finally:
         over.set(), other.join()
     assert started == ["whole"]
