@@ -54,12 +54,16 @@ def of_nodes(server: Path, name: str, environment: Mapping[str, str]) -> dict[in
 
 def _read(server: Path) -> dict[str, str]:
     """Return the clients by the keys, in Flower's form."""
-    clients: dict[str, str] = {}
+    clients, owners = dict[str, str](), dict[int, str]()
     try:
         for name, numbers in tomllib.loads((server / FILE).read_text(encoding="utf-8")).items():
-            parse_clients(str(numbers))
+            for client in parse_clients(str(numbers)):
+                if (other := owners.setdefault(client, name)) != name:
+                    raise UserError(f"client {client} is given to both {other} and {name}; give it to one key")
             key = serialization.load_ssh_public_key((server / "nodes" / f"{name}.pub").read_bytes())
             pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+            if pem.decode() in clients:
+                raise UserError(f"{name} has the key of another name; give all its clients to one of them")
             clients[pem.decode()] = str(numbers)
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"{server / FILE}: {error}") from None
@@ -91,7 +95,8 @@ def _nodes(name: str, environment: Mapping[str, str]) -> dict[int, str]:
         )
     except subprocess.TimeoutExpired:
         raise UnknownNodesError(f"the SuperLink does not say within {ASK_SECONDS:.0f} s which nodes it knows") from None
-    if done.returncode:
-        raise UnknownNodesError(done.stderr.strip().rpartition("\n")[2])
+    if done.returncode or not done.stdout.strip():
+        said = done.stderr.strip().rpartition("\n")[2]
+        raise UnknownNodesError(said or f"the question which nodes there are ended with code {done.returncode}")
     last = done.stdout.strip().splitlines()[-1]  # after what Flower says by itself
     return {int(node): key for node, key in json.loads(last).items()}

@@ -253,8 +253,8 @@ def _unheard() -> Iterator[None]:
     They inherit the mask.  It is not enough here: another thread may take the signal, and Python would break off the
     block in this one, between a process and what it is told.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield  # Windows, and where Python hears no signals
         return
     heard: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))

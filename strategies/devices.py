@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,13 @@ class Devices:
         """Send a question to each node, and return the nodes by the messages' numbers, without those that cannot go."""
         ttl = max(config.run.timeout, PATIENCE * WAIT_SECONDS)
         messages = [
-            Message(question.content(), dst_node_id=node, message_type=MessageType.QUERY, ttl=ttl)
+            Message(
+                question.content(),
+                dst_node_id=node,
+                message_type=MessageType.QUERY,
+                ttl=ttl,
+                group_id=secrets.token_hex(16),  # Flower lets whoever guesses a message answer it
+            )
             for node, question in questions.items()
         ]
         names = self.grid.push_messages(messages) if messages else ()
@@ -163,7 +170,9 @@ def judge(found: Mapping[int, Description], allowed: Mapping[int, Sequence[int]]
     unfit: dict[int, str] = {}
     if allowed is not None:
         for node, mine in found.items():
-            if foreign := mine.fingerprints.keys() - set(allowed.get(node, ())):
+            if node not in allowed:
+                unfit[node] = "its key is not in hosts.toml on the server, or was let in after the run began"
+            elif foreign := mine.fingerprints.keys() - set(allowed[node]):
                 unfit[node] = f"hosts.toml on the server does not give its key client {listed(sorted(foreign))}"
     order = sorted(found.keys() - unfit.keys(), key=lambda node: min(found[node].fingerprints))
     if not order:

@@ -113,9 +113,10 @@ def refused(config: Config, broadcast: Record, updates: Mapping[int, Record]) ->
 def _outsized(broadcast: Record, updates: Mapping[int, Record]) -> dict[int, str]:
     """Return why updates are refused for vectors that are too long beside the others', by client.
 
-    Usual is the longest vector of the round, the model that was sent or the median's of any kind: most clients'
-    gradients, or representations, may all but vanish.  Fewer than half of the clients cannot move a median; of fewer
-    than three there is none.
+    Usual is the median's length, or that of the round's model if it is longer: gradients and the like are short beside
+    it, and most clients' may all but vanish.  The round's model is the median's or the one that was sent; where none
+    travels, the longest median of any kind is in its place.  Fewer than half of the clients cannot move a median; of
+    fewer than three there is none.
     """
     specs = next(iter(updates.values())).specs() if updates else {}
     lengths = {
@@ -124,12 +125,14 @@ def _outsized(broadcast: Record, updates: Mapping[int, Record]) -> dict[int, str
         if spec.dtype.is_floating_point
     }
     medians = {name: statistics.median_low(of.values()) if len(of) > 2 else 0.0 for name, of in lengths.items()}
-    longest = max([*medians.values(), _length(broadcast, "parameters")])
+    model = max(medians.get("parameters", 0.0), _length(broadcast, "parameters"))
+    measure = model or max(medians.values(), default=0.0)
     why: dict[int, str] = {}
     for name, of in lengths.items():
+        usual = max(medians[name], measure)
         for client, found in of.items():
-            if longest and found > FAR * longest:
-                said = f"the update of client {client} has {name} of length {found:.3g}, where {longest:.3g} is usual"
+            if usual and found > FAR * usual:
+                said = f"the update of client {client} has {name} of length {found:.3g}, where {usual:.3g} is usual"
                 why.setdefault(client, f"{said}: it diverged, or is hostile")
     return why
 

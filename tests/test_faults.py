@@ -438,7 +438,7 @@ def test_an_answer_to_an_older_round(pulled: Any, tmp_path: Path) -> None:
     def stale(replies: list[Message]) -> list[Message]:
         trained = [reply for reply in replies if "updates" in reply.content.array_records]
         for reply in trained:
-            node, round = reply.metadata.src_node_id, reply.metadata.group_id
+            node, round = reply.metadata.src_node_id, reply.metadata.group_id.partition("-")[0]
             if round == "1":
                 first[node] = reply
             elif node == BAD_NODE and round == str(BAD_ROUND):
