@@ -606,6 +606,25 @@ def test_nobody_takes_the_client_of_another_key(shards: Path, tmp_path: Path) ->
     assert grid.told == [0]
 
 
+def test_no_device_can_guess_the_message_of_another(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower takes an answer from whoever knows a message's number, a hash of its content: that has 128 random bits."""
+    pushed: list[str] = []
+    push = inline.LoopbackGrid.push_messages
+
+    def watched(self: Any, messages: Any) -> Any:
+        messages = list(messages)
+        pushed.extend(message.metadata.group_id.rpartition("-")[2] for message in messages)
+        return push(self, messages)
+
+    monkeypatch.setattr(inline.LoopbackGrid, "push_messages", watched)
+    run_devices(tmp_path / "run", two(shards, tmp_path))
+    assert len(pushed) > 4
+    assert len({bytes.fromhex(token) for token in pushed}) == len(pushed)
+    assert {len(bytes.fromhex(token)) for token in pushed} == {16}
+
+
 @pytest.mark.parametrize(
     ("first", "said"), [("0,1", ""), ("0", "is refused: hosts.toml on the server does not give its key client 1")]
 )

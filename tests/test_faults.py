@@ -544,6 +544,18 @@ def test_small_representations_are_no_measure() -> None:
     assert list(robust.refused(tiny("fedd2s"), sent, {0: update(1e-3), 1: update(1e-3), 2: update(1e4)})) == [2]
 
 
+def test_long_statistics_are_no_measure_of_models() -> None:
+    """Where a model travels it is the measure, however large the running variances are."""
+    kind = load("fedavg").Update
+
+    def update(length: float) -> Any:
+        vectors = {"parameters": torch.full((4,), length / 2), "statistics": torch.full((4,), 1e3)}
+        return kind(**vectors, examples=torch.tensor(1))
+
+    sent = load("fedavg").Broadcast(torch.ones(4), torch.full((4,), 1e3))
+    assert list(robust.refused(tiny("fedavg"), sent, {0: update(2), 1: update(2), 2: update(1e6)})) == [2]
+
+
 def test_rules_get_long_updates_as_they_are(tmp_path: Path) -> None:
     """Who takes a rule or a clip wants the round with them; the run does not end."""
     for key, value in {"aggregation.rule": "median", "aggregation.clip-norm": 1.0}.items():
