@@ -32,7 +32,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     sgd, personal = fedavg.start(job, broadcast, state), job.extras["personal"]
     own = (job.initial_parameters if state is None else state.own).to(personal.device, copy=True)
     personal.load(own, initial_statistics(personal) if state is None else state.personal_statistics)
-    personal.module.train()
+    personal.train()
     alpha = hyper.alpha if state is None else float(state.alpha)
     loss, personal_loss = Mean(), Mean()
     w = job.model.parameters
@@ -90,7 +90,7 @@ def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
             return job.predictor()
         own = job.extras["personal"]
         own.load(state.own, state.personal_statistics)
-        own.module.eval()
+        own.eval()
         job.model.load(state.copy, state.statistics)
         copy = job.predictor()
 

@@ -21,7 +21,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
 def start(job: Job, broadcast: Broadcast, state: State | None) -> SGD:
     """Load the global model, in training mode, and return the optimiser of this participation."""
     job.load(broadcast.parameters, broadcast.statistics, state.statistics if state else None)
-    job.model.module.train()
+    job.model.train()
     return SGD(job, job.learning_rate())
 
 

@@ -26,7 +26,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     """
     hyper: Hyper = job.hyper
     local.load(job, state)
-    job.model.module.train()
+    job.model.train()
     sgd, heads = _optimisers(job, state)
     place = depth(hyper, _staged(job), job.round)
     knowledge = broadcast.knowledge.to(job.model.device)
@@ -76,7 +76,7 @@ def extract(job: Job, shard: Shard, place: Depth, classes: int) -> Update:
     server trains a global head; pooled-linear uploads them pooled.
     """
     hyper: Hyper = job.hyper
-    job.model.module.eval()
+    job.model.eval()
     counts, means = shard.class_counts(classes), hyper.upload == "class-mean"
     chosen = torch.arange(len(shard))
     if not means:

@@ -43,7 +43,7 @@ def update(job: Job, broadcast: object, state: State | None, shard: Shard) -> Ou
     start = mixture(start, candidates, shares(raw))
 
     job.load(start.parameters, start.statistics, kept)
-    job.model.module.train()
+    job.model.train()
     sgd, loss = SGD(job, job.learning_rate()), Mean()
     for x, y in job.batches(train):
         sgd.step(loss.add(cross_entropy(job.model(x), y)))

@@ -26,7 +26,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     hyper: Hyper = job.hyper
     generator = job.extras["generator"]
     generator.load(broadcast.generator, broadcast.generator_statistics)
-    generator.module.eval()
+    generator.eval()
     rng, device = job.torch_rng("generated"), job.model.device
     generated_weight, latent_weight = _weights(hyper, job.round)
     if hyper.variant == "authors":

@@ -132,7 +132,7 @@ def _distance(
 def _features(job: Job, shard: Shard, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of the trained model's features ``[classes, features]`` and the count of each class (Eq. 3)."""
     hyper: Hyper = job.hyper
-    job.model.module.eval()
+    job.model.eval()
     sums: torch.Tensor | float = 0.0
     counts: torch.Tensor | int = 0
     for start in range(0, len(shard), FORWARD_BATCH):

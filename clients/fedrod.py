@@ -25,7 +25,7 @@ def update(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
     """
     hyper: Hyper = job.hyper
     sgd, head = fedavg.start(job, broadcast, state), _load_head(job, state)
-    head.module.train()
+    head.train()
     head_sgd = SGD(replace(job, model=head), sgd.lr)
     loss, personal_loss = Mean(), Mean()
     counts: torch.Tensor | None = None
@@ -57,7 +57,7 @@ def models(job: Job, broadcast: Broadcast, state: State | None, shard: Shard) ->
         if state is None:
             return generic
         head = _load_head(job, state)
-        head.module.eval()
+        head.eval()
 
         @torch.no_grad()
         def predict(x: torch.Tensor) -> torch.Tensor:

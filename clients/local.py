@@ -33,7 +33,7 @@ def adapt(job: Job, broadcast: Broadcast, shard: Shard) -> Iterator[Predictor]:
 def start(job: Job, state: State | None) -> SGD:
     """Load the client's own model, in training mode, and return the optimiser of this participation."""
     load(job, state)
-    job.model.module.train()
+    job.model.train()
     return SGD(job, job.learning_rate())
 
 

@@ -101,7 +101,7 @@ def representation(model: FlatModel, parameters: torch.Tensor, statistics: torch
     @torch.no_grad()
     def represent(x: torch.Tensor) -> torch.Tensor:
         training = model.module.training
-        model.module.eval()
+        model.eval()
         out: torch.Tensor = functional_call(model.module, tensors, (x,), {"stop": layer})
         model.module.train(training)
         return out.flatten(1)

@@ -42,7 +42,7 @@ def start(job: Job, broadcast: Broadcast, state: State | None, part: torch.Tenso
         part: mask ``[P]`` of the parameters to train; None: all.
     """
     load(job, broadcast, state)
-    job.model.module.train()
+    job.model.train()
     return SGD(job, job.learning_rate(), part=part)
 
 

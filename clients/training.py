@@ -117,7 +117,7 @@ class Job:
 
     def predictor(self) -> Predictor:
         """Return the workspace's current content as a predictor, in evaluation mode."""
-        self.model.module.eval()
+        self.model.eval()
 
         @torch.no_grad()
         def predict(x: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ def fine_tuned(job: Job, sgd: SGD, shard: Shard) -> Iterator[Predictor]:
     size, drop, batches = min(job.train.batch_size, len(shard)), job.train.last_batch == "drop", job.batches(shard)
     steps = len(shard) // size if drop else -(-len(shard) // size)
     for _ in range(job.train.local_epochs):
-        job.model.module.train()
+        job.model.train()
         for x, y in islice(batches, steps):
             sgd.step(cross_entropy(job.model(x), y).mean())
         yield job.predictor()

@@ -97,9 +97,9 @@ def needed(versions: Iterable[int], round: int, every: int) -> set[int]:
     return {max(v for v in known if v <= point) for point in points if min(known) <= point}
 
 
-def state_bytes(state: Record, **notes: str) -> bytes:
-    """Return a record, and notes beside it, as safetensors: data only, never code."""
-    return save({name: tensor.contiguous().cpu() for name, tensor in state.tensors().items()}, notes or None)
+def state_bytes(state: Record) -> bytes:
+    """Return a record as safetensors: data only, never code."""
+    return save({name: tensor.contiguous().cpu() for name, tensor in state.tensors().items()})
 
 
 def state_hash(state: Record) -> str:

@@ -167,6 +167,15 @@ class FlatModel:
         if statistics is not None:
             self.statistics.copy_(statistics)
 
+    def train(self, mode: bool = True) -> None:
+        """Set training or evaluation mode, which is a walk through all layers, unless the module has it already."""
+        if self.module.training != mode:
+            self.module.train(mode)
+
+    def eval(self) -> None:
+        """Set evaluation mode."""
+        self.train(False)
+
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the gradient vector ``[P]`` of a scalar loss (the next call overwrites it)."""
         return gradients(loss, self)[0]

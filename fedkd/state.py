@@ -11,20 +11,22 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
-from fedkd.checkpoints import needed, state_bytes
+from fedkd.checkpoints import needed
 from fedkd.errors import UserError
 from fedkd.payload import PayloadError, Record, Sizes
 
 R = TypeVar("R", bound=Record)
 
+ENDING = ".safetensors"
 PART = ".part"
 """What the name of a file ends with while a process, whose number follows, writes it."""
 
@@ -54,9 +56,11 @@ class ClientStore:
         if not any(map(math.prod, shapes.values())):
             return kind(**{name: torch.zeros(shape, dtype=kind.specs()[name].dtype) for name, shape in shapes.items()})
         try:
-            tensors = load_file(path := self._path(client, version))
+            with safe_open(self._path(client, version), "pt") as file:
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except FileNotFoundError:
-            where = path.relative_to(self.folder)
+            where = f"{client:06d}/{_name(version)}"
             raise UserError(
                 f"the state of client {client} from round {version} is lost ({where} of the run's states), and a fresh "
                 "one would change the results: put it back, or begin another run"
@@ -80,32 +84,48 @@ class ClientStore:
         """
         if not any(tensor.numel() for tensor in state.tensors().values()):
             return
-        path = self._path(client, round)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        history = self._history(client, version)
+        path = Path(self._path(client, round))
+        there = _listed(path.parent)
+        history = self._history(client, version, there)
         kept = needed(history, round, self.checkpoint_every) | {version, round}
         part = path.with_suffix(f"{PART}{os.getpid()}")
-        part.write_bytes(state_bytes(state, history=json.dumps(sorted(kept - {round}))))
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.tensors().items()}
+        save_file(tensors, part, {"history": json.dumps(sorted(kept - {round}))})
         part.replace(path)
-        for other in path.parent.iterdir():
-            number = int(other.stem)
-            if other.suffix != path.suffix:
-                over = not _runs(int(other.suffix.removeprefix(PART)))
+        for name in there:
+            stem, _, ending = name.partition(".")
+            number = int(stem)
+            if f".{ending}" != ENDING:
+                over = not _runs(int(name.rpartition(PART)[2]))
             else:  # others are of rounds to come, or of another attempt, which this late end of an old order must spare
                 over = number not in kept and (number in history or version < number < round)
             if over:
-                other.unlink(missing_ok=True)
+                (path.parent / name).unlink(missing_ok=True)
 
-    def _history(self, client: int, version: int) -> list[int]:
+    def _history(self, client: int, version: int, there: Collection[str]) -> list[int]:
         """Return a version that counts and, as far as they are there, those before it that were kept for rollbacks."""
         if not version:
             return []
         with safe_open(self._path(client, version), "pt") as file:
             history = [*json.loads((file.metadata() or {}).get("history", "[]")), version]
-        return [r for r in history if self._path(client, r).is_file()]
+        return [r for r in history if _name(r) in there]
 
-    def _path(self, client: int, round: int) -> Path:
-        return self.folder / f"{client:06d}" / f"{round:06d}.safetensors"
+    def _path(self, client: int, round: int) -> str:
+        return f"{self.folder}/{client:06d}/{_name(round)}"
+
+
+def _name(round: int) -> str:
+    """Return the name of the file with the state after a round."""
+    return f"{round:06d}{ENDING}"
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return the names in a folder, which is made if it is not there."""
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+        return set()
 
 
 def _runs(process: int) -> bool:
