@@ -92,16 +92,20 @@ def convergence(
         style.band(figure, axes, label, group.label, look, x / divisor, values, number)
     for target in targets:
         axes.axhline(100 * target, color=style.GREY, linewidth=0.8, linestyle=":", zorder=1.5)
+    style.percent(axes)
+    low, high = axes.get_ylim()
+    place, letter = float("-inf"), 0.065 * (high - low)
+    for target in sorted(targets):
+        place = max(100 * target, place + letter)  # so that the labels of near ones stay apart
         axes.annotate(
             f"{100 * target:g}",
-            (1, 100 * target),
+            (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(2, 0),
             textcoords="offset points",
             va="center",
             color=style.GREY,
         )
-    style.percent(axes)
     if by == "round" and axes.dataLim.width == 0:  # one round
         axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x0 + 1)
     axes.set_xlabel(label)

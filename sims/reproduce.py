@@ -131,6 +131,13 @@ class Experiment:
             over=raw.get("over", {}),
         )
 
+    @property
+    def compared(self) -> str:
+        """What a published value is compared with: ``milliseconds``, ``best_K``, mean of K best rounds, or ``last``."""
+        if "milliseconds" in self.log:
+            return "milliseconds"
+        return f"best_{self.best_rounds}" if self.best_rounds > 1 else "last"
+
     def flat(self, row: Row, seed: int, overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Return the settings of one run."""
         return {**self.settings, **row.settings, **overrides, "run.method": row.method, "run.seed": seed}
@@ -324,6 +331,12 @@ def _curves(experiment: Experiment, row: Row, runs: Runs) -> list[Floats]:
     return [100 * by_round(run.evaluations, row.score)[experiment.metric].to_numpy() for run in runs[row.name]]
 
 
+def _best(experiment: Experiment, curve: Floats) -> Floats:
+    """Return the best rounds of a seed, as many as are averaged."""
+    best: Floats = curve[curve.argsort()[-experiment.best_rounds :]]
+    return best
+
+
 def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
     """Return the table, a line per row; accuracies in % of the clients' own test data.
 
@@ -346,7 +359,7 @@ def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
             "row": f"control: {row.label}" if row.control else row.label,
             "published": row.published or "-",
         }
-        best = np.concatenate([np.sort(curve)[-experiment.best_rounds :] for curve in curves])
+        best = np.concatenate([_best(experiment, curve) for curve in curves])
         pooled = (float(best.mean()), float(best.std()))
         if experiment.adapt_epochs:
             line["first"], line["first_std"] = over_seeds([curve[0] for curve in curves])
@@ -405,7 +418,10 @@ def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
 
 
 def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
-    """Return row, seed, accuracy at the last and at the best round (%) and digest of every run."""
+    """Return row, seed, accuracy at the last and at the best round (%) and digest of every run.
+
+    Where a published value is compared with something else, that stands between them (:attr:`Experiment.compared`).
+    """
     import pandas as pd
 
     return pd.DataFrame(
@@ -414,11 +430,71 @@ def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
             "seed": run.config.run.seed,
             "last": round(float(curve[-1]), 4),
             "best": round(float(curve.max()), 4),
+            experiment.compared: round(_compared(experiment, run, curve), 4),
             "digest": run.digest(),
         }
         for row in experiment.rows
         for run, curve in zip(runs[row.name], _curves(experiment, row, runs), strict=True)
     )
+
+
+def _compared(experiment: Experiment, run: Run, curve: Floats) -> float:
+    """Return what a published value is compared with (:attr:`Experiment.compared`)."""
+    if experiment.compared == "milliseconds":
+        return _logged(run, "milliseconds")
+    return float(curve[-1] if experiment.compared == "last" else _best(experiment, curve).mean())
+
+
+def side_by_side(experiment: Experiment, made: pd.DataFrame, column: str = "") -> CaptionedFigure:
+    """Draw the table: ours over seeds, the published values and the controls beside each other.
+
+    Args:
+        experiment: the table.
+        made: a line per row and seed with the columns ``row`` (its name) and ``seed``, as of :func:`digests`, or a line
+            per row that has only the mean over seeds, with ``<column>_std`` beside it, as of ``table.csv``.
+        column: what is drawn; empty: what published values are compared with.  Those stand beside that alone.
+    """
+    import pandas as pd
+
+    from plots.rows import rows
+
+    column = column or experiment.compared
+    lines = _through(experiment)
+    by_name = {row.name: row for row in experiment.rows}
+    return rows(
+        pd.DataFrame(
+            {
+                "row": row.line,
+                "method": row.method,
+                "control": row.control,
+                "line": row.line in lines,
+                "at": row.at,
+                "published": row.published if column == experiment.compared else "",
+                "seed": line.get("seed"),
+                "value": line[column],
+                "deviation": line.get(f"{column}_std", float("nan")),
+            }
+            for line in made.to_dict("records")
+            for row in [by_name[line["row"]]]
+        ).sort_values("at", key=lambda at: at.map(["", *experiment.over].index), kind="stable", ignore_index=True),
+        _measure(experiment, column),
+    )
+
+
+def _through(experiment: Experiment) -> set[str]:
+    """Return the labels of the controls that all rows are compared with; without such, of the first one."""
+    by_name = {row.name: row for row in experiment.rows}
+    against = [{row.line, *(by_name[name].line for name in row.against)} for row in experiment.rows if row.against]
+    controls = [row.line for row in experiment.rows if row.control]
+    return set.intersection(set(controls), *against) or set(controls[:1])
+
+
+def _measure(experiment: Experiment, column: str) -> str:
+    """Return what a column of a table is, with its unit."""
+    if column == "milliseconds":
+        return "local training (milliseconds)"
+    step = "epoch" if experiment.adapt_epochs else "round"
+    return f"accuracy in %, {f'last {step}' if column == 'last' else f'best {experiment.best_rounds} {step}s'}"
 
 
 def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
@@ -436,7 +512,8 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     files = {out / "table.md": "\n".join(_markdown(text) for text in texts.values())}
     files |= {out / f"{name}.tex": _latex(text) for name, text in texts.items()}
     files |= {out / f"{name}.csv": frames[name].to_csv(index=False) for name in texts}
-    files[out / "runs.csv"] = digests(experiment, runs).to_csv(index=False)
+    made = digests(experiment, runs)
+    files[out / "runs.csv"] = made.to_csv(index=False)
     for path, content in files.items():
         path.write_text(content, encoding="utf-8")
     own = [(row, run) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
@@ -445,8 +522,11 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     figures = (
         {"over": _over(experiment, runs)}
         if experiment.over
-        else {"convergence": convergence(drawn), "fairness": fairness(drawn)}
+        else {"convergence": convergence(drawn, targets=_targets(experiment)), "fairness": fairness(drawn)}
     )
+    figures["rows"] = side_by_side(experiment, made)
+    if _targets(experiment):
+        figures["convergence"].caption += " Dotted: published values."
     if experiment.adapt_epochs:
         figures["newcomers"] = _newcomers([(row.label, run) for row, run in own if isinstance(run, Adapted)])
     if any(row.score == "global" for row in experiment.rows) and not experiment.over:
@@ -454,6 +534,15 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     for name, figure in figures.items():
         files |= dict.fromkeys(style.save(figure, out / name), "")
     return list(files)
+
+
+def _targets(experiment: Experiment) -> list[float]:
+    """Return the published accuracies in [0, 1] of what is drawn round by round, if they are few enough to read."""
+    from plots.rows import number
+
+    found = sorted({number(row.published)[0] / 100 for row in experiment.rows if row.published})
+    of_rounds = not (experiment.over or experiment.adapt_epochs) and experiment.compared != "milliseconds"
+    return found if of_rounds and len(found) <= 3 else []
 
 
 def _newcomers(runs: Sequence[tuple[str, Adapted]]) -> CaptionedFigure:

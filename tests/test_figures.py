@@ -37,6 +37,7 @@ from plots.fairness import distribution, histogram, violin
 from plots.heterogeneity import gain, heterogeneity
 from plots.mechanisms import apfl_alpha, fedd2s_drops, pgfed_alpha
 from plots.partition import partition_of
+from plots.rows import number, rows
 from plots.samples import fedftg_images, fedgen_latent
 from plots.significance import claims, differences, holm, ranks
 from plots.sweep import gains, heatmap
@@ -338,6 +339,80 @@ class TestHeatmap:
             heatmap(sweep)
 
 
+@pytest.fixture
+def published() -> pd.DataFrame:
+    """A table of four rows: two controls, one of them a line, a method over two steps, one without single seeds."""
+    common = {"control": False, "line": False, "at": "", "published": "", "deviation": float("nan")}
+    alone = {**common, "row": "local", "method": "local", "control": True, "line": True, "published": "61.5"}
+    after = {**common, "row": "FedAvg after the same local steps", "method": "fedavg_ft", "control": True}
+    ours = {**common, "row": "FedGen", "method": "fedgen", "published": "70.00 ± 1.50"}
+    draws = np.random.default_rng(2)
+    drawn = pd.DataFrame(
+        {**row, "seed": seed, "value": draws.normal(mean, 2)}
+        for row, mean in (
+            (alone, 60),
+            (after, 66),
+            ({**ours, "at": "alpha 0.1"}, 68),
+            ({**ours, "at": "alpha 1"}, 72),
+        )
+        for seed in (1, 2, 3)
+    )
+    known = {**common, "row": "APFL", "method": "apfl", "at": "alpha 1", "value": 63.0, "deviation": 2.5}
+    return pd.concat([drawn, pd.DataFrame([known])], ignore_index=True)
+
+
+class TestRows:
+    def test_values(self, published: pd.DataFrame) -> None:
+        figure = rows(published, "accuracy in %")
+        numbers = figure.numbers.set_index("series")
+        mine = published["value"][published["at"] == "alpha 0.1"]
+        assert numbers.loc["FedGen, alpha 0.1", "x"] == pytest.approx(mine.mean())
+        assert numbers.loc["FedGen, alpha 0.1", "deviation"] == pytest.approx(mine.std())
+        assert numbers.loc["FedGen, alpha 0.1", ["published", "published_deviation"]].tolist() == [70.0, 1.5]
+        assert numbers.loc["local", "published"] == 61.5
+        assert math.isnan(numbers.loc["FedAvg after the same local steps", "published"])
+        assert numbers.loc["APFL, alpha 1", ["x", "deviation"]].tolist() == [63.0, 2.5]
+        [axes] = figure.axes
+        drawn = [np.asarray(line.get_xdata()) for line in axes.get_lines() if line.get_markersize() < 2]
+        assert sorted(np.concatenate(drawn)) == pytest.approx(
+            sorted(published["value"][:-1])
+        )  # but where none is known
+        broken = [line.get_xdata() for line in axes.get_lines() if line.is_dashed()]
+        alone = published["value"][published["row"] == "local"].mean()
+        assert broken == [pytest.approx([alone, alone])] * 3  # beside what has no step, and beside either step
+        assert axes.get_xlabel() == "accuracy in %"
+
+    def test_one_colour_per_method_and_none_for_controls(self, published: pd.DataFrame) -> None:
+        [axes] = rows(published, "accuracy in %").axes
+        marks = [(line.get_marker(), line.get_color()) for line in axes.get_lines() if 3 < line.get_markersize() < 4]
+        assert marks.count(("s", style.GREY)) == 2
+        assert marks.count(("D", style.GREY)) == 1
+        assert marks.count(("o", style.colour("fedgen"))) == marks.count(("D", style.colour("fedgen"))) == 2
+
+    def test_symbols_are_named_where_there_are_any(self, published: pd.DataFrame) -> None:
+        def named(frame: pd.DataFrame) -> list[str]:
+            return [text.get_text() for text in rows(frame, "accuracy in %").legends[0].get_texts()]
+
+        assert named(published) == ["mean over seeds", "control", "one seed", "published"]
+        assert named(published[published["row"] == "APFL"]) == ["mean over seeds"]
+        caption = rows(published, "accuracy in %").caption
+        assert "sample standard deviation" in caption
+        assert "Broken lines: the mean of local." in caption
+        assert "Hollow" not in rows(published[published["published"] == ""], "accuracy in %").caption
+
+    def test_published_texts(self) -> None:
+        assert number("93.03 ± 0.32") == (93.03, 0.32)
+        assert [number("60.00")[0], math.isnan(number("60.00")[1])] == [60.0, True]
+        assert all(math.isnan(part) for part in number(""))
+
+    def test_legible(self, published: pd.DataFrame) -> None:
+        assert_legible(rows(published, "accuracy in %, last round"))
+        assert_legible(rows(published[published["seed"] == 1], "accuracy in %, last round"))
+
+    def test_looks_as_it_did(self, published: pd.DataFrame, tmp_path: Path) -> None:
+        assert_looks_as_it_did("rows", rows(published, "accuracy in %"), tmp_path)
+
+
 class TestMechanisms:
     def test_apfl_alpha(self, five: list[Run]) -> None:
         figure = apfl_alpha(five)
@@ -588,6 +663,10 @@ def test_gains_over_steps_with_long_names_are_legible() -> None:
     assert axes.get_ylabel() == "points above local"
 
 
+def test_targets_near_each_other_are_legible(five: list[Run]) -> None:
+    assert_legible(figures.draw("convergence", five, targets=(0.9303, 0.9016, 0.901)))
+
+
 def test_settings_with_long_names_are_legible(sweep: list[Run]) -> None:
     for name in ("convergence", "fairness", "histogram", "violin", "pareto", "heterogeneity", "heatmap"):
         assert_legible(figures.draw(name, [run for run in sweep if run.config.run.clients == 4]))
@@ -623,7 +702,11 @@ def distance(one: Image.Image, other: Image.Image) -> float:
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_looks_as_it_did(name: str, five: list[Run], sweep: list[Run], ended: list[Run], tmp_path: Path) -> None:
-    figure = figures.draw(name, _runs_for(name, five, sweep, ended))
+    assert_looks_as_it_did(name, figures.draw(name, _runs_for(name, five, sweep, ended)), tmp_path)
+
+
+def assert_looks_as_it_did(name: str, figure: style.CaptionedFigure, tmp_path: Path) -> None:
+    """Compare a figure with its picture."""
     coarse, tolerance = EXCEPTIONS.get(name, (COARSENESS, TOLERANCE))
     made = picture(figure, tmp_path / "figure.png", coarse)
     known = PICTURES / f"{name}.png"

@@ -331,10 +331,16 @@ def test_a_table_from_start_to_end(
     latex = (out / "table.tex").read_text(encoding="utf-8")
     assert r"FedAvg\_ & 50.00 $\pm$ 1.00 &" in latex
     assert latex.count(r"\\") == 4
-    for stem in ("convergence", "convergence-global", "fairness"):
+    for stem in ("convergence", "convergence-global", "fairness", "rows"):
         assert (out / f"{stem}.png").stat().st_size > 1000
     runs = pd.read_csv(out / "runs.csv")
+    assert list(runs) == ["row", "seed", "last", "best", "digest"]
     assert runs["digest"].nunique() == 4  # six lines: two rows share their runs
+    drawn = pd.read_csv(out / "rows.csv").set_index("series")
+    assert drawn["x"].tolist() == pytest.approx(table["last"].tolist(), abs=1e-4)
+    assert drawn["deviation"].tolist() == pytest.approx(table["last_std"].tolist(), abs=1e-4)
+    assert drawn.loc[["FedAvg_", "APFL"], "published"].tolist() == [50, 60]
+    assert "first reaches 60 %" in " ".join((out / "convergence.txt").read_text(encoding="utf-8").split())
 
     before = contents(out)
     monkeypatch.setattr(launch, "launch_all", None)
@@ -424,6 +430,10 @@ def test_a_sweep_uses_the_runs_of_the_tables_beside_it(
         == pytest.approx(np.subtract(mixed, after).mean(), abs=1e-4)
     )
     assert drawn.loc[("APFL, any", 1), "y"] == pytest.approx(np.subtract(free, after).mean(), abs=1e-4)
+    labels = ["FedAvg_", "FedAvg, then local steps", "APFL", "APFL, any, Half, at most", "APFL, any, none"]
+    rows = pd.read_csv(out / "three" / "smoke" / "rows.csv").set_index("series")
+    assert list(rows.index) == labels
+    assert rows.loc["APFL, any, none", "x"] == pytest.approx(np.mean(free), abs=1e-4)
     before = contents(out)
     monkeypatch.setattr(launch, "launch_all", None)
     assert fedkd("reproduce", "example/three", *words) == 0
@@ -460,11 +470,17 @@ def test_a_table_of_newcomers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_several_best_rounds_are_pooled_over_seeds(tmp_path: Path) -> None:
     """As FedGen's tables have it: mean and deviation of the best rounds of all seeds together."""
     two = Experiment.read("example/two", "smoke")
-    frame = reproduce.table(two, reproduce.reproduce(two, {}, [1, 2], tmp_path, jobs=1))
+    runs = reproduce.reproduce(two, {}, [1, 2], tmp_path, jobs=1)
+    frame, made = reproduce.table(two, runs), reproduce.digests(two, runs)
     best = np.concatenate([np.sort(_curve(tmp_path / f"mixed-s{seed}", "personal"))[-2:] for seed in (1, 2)])
     assert frame["best"].iloc[2] == pytest.approx(best.mean())
     assert frame["best_std"].iloc[2] == pytest.approx(best.std())
     assert {"best 2 rounds", "last 2 rounds"} <= set(reproduce._text(two, frame)[0])
+    assert made.groupby("row", sort=False)["best_2"].mean().tolist() == pytest.approx(frame["best"].tolist(), abs=1e-4)
+    figure = reproduce.side_by_side(two, made)
+    assert figure.axes[0].get_xlabel() == "accuracy in %, best 2 rounds"
+    assert figure.numbers["x"].tolist() == pytest.approx(frame["best"].tolist(), abs=1e-4)
+    assert reproduce.side_by_side(two, made, "last").numbers["published"].isna().all()  # another figure's
 
 
 @pytest.mark.usefixtures("example")
@@ -473,8 +489,13 @@ def test_the_time_of_local_training_is_the_median_over_all_participations(tmp_pa
     one = Experiment.read("example/one", "smoke")
     (run,) = reproduce.reproduce(one, {}, [1], tmp_path, jobs=1)["after"]
     expected = 1000 * np.median([row["seconds"] for row in run.rows("clients")])
-    frame = reproduce.table(dataclasses.replace(one, log=["milliseconds"]), {row.name: [run] for row in one.rows})
+    timed, runs = dataclasses.replace(one, log=["milliseconds"]), {row.name: [run] for row in one.rows}
+    frame = reproduce.table(timed, runs)
     assert frame["milliseconds"].tolist() == pytest.approx([expected] * len(one.rows))
+    figure = reproduce.side_by_side(timed, reproduce.digests(timed, runs))
+    assert figure.axes[0].get_xlabel() == "local training (milliseconds)"
+    assert figure.numbers["x"].tolist() == pytest.approx([expected] * len(one.rows), abs=1e-4)
+    assert figure.numbers["published"].dropna().tolist() == [50, 60]
 
 
 @pytest.mark.usefixtures("example")
