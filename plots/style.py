@@ -30,14 +30,15 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 GREY = "#666666"
 CONTROLS = ("local", "fedavg_ft")
 
-# A row per line style and a column per colour, so no two methods here look the same.  A method keeps its place for
-# good: new ones take a free place ("") or none.  The first two rows are what is compared most, in eight colours.
+# A row per line style and a column per colour; of a column no two rows have the same marker either, since some figures
+# have no lines and others no markers.  A method keeps its place for good: new ones take a free place ("") or none.  The
+# first two rows are what is compared most, in eight colours.
 _PLACES = (
     ("fedgen", "fedftg", "fedd2s", "apfl", "fedavg", "pgfed", "", ""),
     ("", "", "", "", "", "", "fedavg_ft", "local"),
     ("fedprox", "scaffold", "feddf", "ditto", "moon", "feddyn", "feddistill", "fedensemble"),
-    ("fedper", "fedrep", "fedbabu", "fedrod", "lg_fedavg", "per_fedavg", "pfedme", "fedfomo"),
-    ("fedbn", "fedproto", "", "", "", "", "", ""),
+    ("fedper", "fedrep", "fedbabu", "fedrod", "lg_fedavg", "", "pfedme", "fedfomo"),
+    ("fedbn", "fedproto", "per_fedavg", "", "", "", "", ""),
 )
 _LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), "-.", (0, (1.2, 1)), (0, (6, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -124,7 +125,7 @@ def line(method: str, variant: int = 0) -> dict[str, Any]:
     return {
         "color": PALETTE[column],
         "linestyle": _LINES[(row + variant) % len(_LINES)],
-        "marker": markers[(column + 3 * row + 4 * variant) % len(markers)],
+        "marker": markers[(column + 3 * row + row // 3 + 4 * variant) % len(markers)],
     }
 
 

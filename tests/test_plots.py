@@ -30,6 +30,7 @@ from plots.convergence import convergence
 from plots.fairness import fairness
 from plots.partition import partition
 from plots.tables import comparison, markdown, paired
+from sims.reproduce import Experiment
 
 PARTITION = """client,split,examples,class_0,class_1
 0,train,6,6,0
@@ -443,9 +444,21 @@ class TestStyle:
         usual = ("fedgen", "fedftg", "fedd2s", "apfl", "pgfed", "fedavg", "fedavg_ft", "local")
         assert len({style.colour(name) for name in usual}) == len(usual) == len(style.PALETTE)
 
-    def test_looks_differ_in_colour_and_line(self) -> None:
-        looks = {(style.line(name)["color"], str(style.line(name)["linestyle"])) for name in names()}
+    @pytest.mark.parametrize("what", ["linestyle", "marker"])
+    def test_looks_differ_in_colour_and_line_and_in_colour_and_marker(self, what: str) -> None:
+        """The page of some runs has lines without markers, and figures of single values markers without lines."""
+        looks = {(style.line(name)["color"], str(style.line(name)[what])) for name in names()}
         assert len(looks) == len(names())
+
+    def test_colours_differ_also_for_the_colour_blind_and_in_print(self) -> None:
+        """All are of Okabe and Ito's palette, but for its yellow, with a grey: chosen to be told apart."""
+        okabe_ito = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999"}
+        assert {style.colour(name) for name in names()} <= okabe_ito
+
+    def test_methods_of_one_table_that_are_drawn_together_share_no_colour(self) -> None:
+        """The few methods of the table of newcomers."""
+        drawn = {row.method for row in Experiment.read("pgfed/new-clients").rows}
+        assert len({style.colour(name) for name in drawn}) == len(drawn) == 4
 
     def test_looks_are_as_they_have_always_been(self) -> None:
         """A method keeps its look for good: figures of other papers and other versions stay comparable."""
