@@ -7,9 +7,12 @@ tests/test_figures.py``.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import itertools
 import math
 import os
+import pkgutil
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from PIL import Image
 from scipy import stats
 from test_cli import fedkd
 
+import plots
 from fedkd.errors import UserError
 from fedkd.method import names
 from fedkd.methods.fedftg import ImageGenerator
@@ -32,6 +36,8 @@ from fedkd.models import FlatModel, LatentGenerator
 from fedkd.results import Run
 from fedkd.samples import images
 from plots import clients, figures, style
+from plots.adapt import adaptation
+from plots.audit import GRID, roc
 from plots.communication import pareto
 from plots.fairness import distribution, histogram, violin
 from plots.heterogeneity import gain, heterogeneity
@@ -579,6 +585,86 @@ def _runs_for(name: str, five: list[Run], sweep: list[Run], ended: list[Run]) ->
     return ended if name in ("pgfed-alpha", "fedgen-latent", "fedftg-images") else five
 
 
+def of_gains() -> style.CaptionedFigure:
+    """Three rows above a control over four steps with long names, three seeds each."""
+    steps = ("head, latent", "head, latent, conv2", "latent, conv2, conv1", "all four")
+    rows = {
+        "FedAvg after the same local steps": ("fedavg_ft", (1.0, 1.0, 1.0, 1.0)),
+        "pooled-linear": ("fedd2s", (-1.1, 0.2, -0.4, -0.2)),
+        "deep-layers": ("fedd2s", (-4.0, -5.1, -8.2, -5.0)),
+    }
+    draws = np.random.default_rng(1)
+    above = pd.DataFrame(
+        {"row": row, "method": method, "at": at, "gain": mean + draws.normal(0, 0.8)}
+        for row, (method, means) in rows.items()
+        for at, mean in zip(steps, means, strict=True)
+        for _ in range(3)
+    )
+    return gains(above, "fedd2s.dropping-set", "local")
+
+
+def of_newcomers() -> style.CaptionedFigure:
+    """Ten epochs of five newcomers, three seeds, with what four rows of a table give them; two are of one method."""
+    rows = {
+        "local": ("local", 0.09, 0.55),
+        "FedAvg (mu = 0)": ("fedavg_ft", 0.29, 0.65),
+        "Per-FedAvg": ("per_fedavg", 0.31, 0.70),
+        "PGFed": ("pgfed", 0.31, 0.74),
+        "PGFedMo": ("pgfed", 0.24, 0.79),
+    }
+    draws = np.random.default_rng(2)
+    found: list[dict[str, object]] = []
+    for label, (method, first, last) in rows.items():
+        for seed, client in itertools.product((1, 2, 3), range(20, 25)):
+            shift = draws.normal(0, 0.05)
+            for epoch in range(11):
+                accuracy = np.clip(first + (last - first) * (1 - 0.7**epoch) + shift, 0, 1)
+                row = {"label": label, "method": method, "seed": seed, "partition_seed": seed, "client": client}
+                found.append(row | {"epoch": epoch, "correct": round(60 * accuracy), "total": 60, "loss_sum": 60.0})
+    return adaptation(pd.DataFrame(found))
+
+
+def of_audits() -> style.CaptionedFigure:
+    """Curves of losses that are normal, closer together for global models; two seeds, and the control of each."""
+    found: list[dict[str, object]] = []
+    rows = {"local": ("local", {"personal": 1.1}), "FedAvg": ("fedavg", {"global": 0.15, "personal": 0.3})}
+    rows |= {
+        f"FedGen, {name}": ("fedgen", {"global": 0.1 * number, "personal": 0.5 * number})
+        for number, name in enumerate(("released", "as printed"), 1)
+    }
+    for (label, (method, kinds)), seed in itertools.product(rows.items(), (0, 1)):
+        apart = {kind: distance * (1 + 0.1 * seed) for kind, distance in kinds.items()} | {"initial": 0.0}
+        models = {kind: {"roc": stats.norm.cdf(stats.norm.ppf(GRID) + far).tolist()} for kind, far in apart.items()}
+        found.append({"label": label, "method": method, "seed": seed, "models": models})
+    return roc(found)
+
+
+OTHERS: dict[str, Callable[[], style.CaptionedFigure]] = {
+    "gains": of_gains,
+    "adaptation": of_newcomers,
+    "roc": of_audits,
+}
+"""Figures of tables and of what other commands wrote, not of runs, by the names of their functions."""
+
+
+def _drawn(name: str, five: list[Run], sweep: list[Run], ended: list[Run]) -> style.CaptionedFigure:
+    return OTHERS[name]() if name in OTHERS else figures.draw(name, _runs_for(name, five, sweep, ended))
+
+
+def test_every_public_function_that_draws_is_looked_at() -> None:
+    """By name among those of the command line, or beside them, so that there is a picture of each."""
+    drawing = set()
+    for module in pkgutil.iter_modules(plots.__path__):
+        for name, function in inspect.getmembers(importlib.import_module(f"plots.{module.name}"), inspect.isfunction):
+            own = function.__module__ == f"plots.{module.name}" and not name.startswith("_")
+            if own and str(inspect.signature(function).return_annotation).endswith("CaptionedFigure"):
+                drawing.add(f"{module.name}.{name}")
+    drawing -= {"style.new_figure", "figures.draw", "partition.partition"}  # empty, any, and what partition_of calls
+    named = {f"{kind.module}.{kind.function}" for kind in figures.FIGURES.values()}
+    assert drawing - named == {"sweep.gains", "adapt.adaptation", "audit.roc"}
+    assert {path.stem for path in PICTURES.iterdir()} == {*figures.FIGURES, *OTHERS}
+
+
 def texts(figure: Figure) -> list[Text]:
     """Return what is written in a figure that has been drawn, but for empty texts."""
     found = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
@@ -606,9 +692,9 @@ def assert_legible(figure: Figure) -> None:
     assert figure.get_figwidth() in (style.SINGLE, style.DOUBLE)
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", [*figures.FIGURES, *OTHERS])
 def test_legible(name: str, five: list[Run], sweep: list[Run], ended: list[Run]) -> None:
-    assert_legible(figures.draw(name, _runs_for(name, five, sweep, ended)))
+    assert_legible(_drawn(name, five, sweep, ended))
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
@@ -642,22 +728,19 @@ def test_many_classes_of_generated_samples_are_legible(tmp_path: Path) -> None:
         assert_legible(function([run]))
 
 
-def test_gains_over_steps_with_long_names_are_legible() -> None:
+def test_gains_are_the_means_over_seeds() -> None:
     """The mean over seeds of what each row is above the control, a step beside the other."""
-    steps = ("head, latent", "head, latent, conv2", "latent, conv2, conv1", "all four")
-    rows = {"FedAvg after the same local steps": "fedavg_ft", "pooled-linear": "fedd2s", "deep-layers": "fedd2s"}
+    steps = ("2", "4", "8")
     draws = np.random.default_rng(1)
     above = pd.DataFrame(
-        {"row": row, "method": method, "at": at, "gain": draws.normal()}
-        for row, method in rows.items()
+        {"row": row, "method": "fedd2s", "at": at, "gain": draws.normal()}
+        for row in ("pooled-linear", "deep-layers")
         for at in steps
         for _ in range(3)
     )
-    figure = gains(above, "fedd2s.dropping-set", "local")
-    [axes] = figure.axes
-    assert_legible(figure)
+    [axes] = gains(above, "fedd2s.rounds-per-drop", "local").axes
     drawn = {line.get_label(): line for line in axes.get_lines()}
-    for row in rows:
+    for row in ("pooled-linear", "deep-layers"):
         expected = [above["gain"][(above["row"] == row) & (above["at"] == at)].mean() for at in steps]
         assert list(drawn[row].get_ydata()) == pytest.approx(expected)
     assert axes.get_ylabel() == "points above local"
@@ -700,9 +783,9 @@ def distance(one: Image.Image, other: Image.Image) -> float:
     return float(np.sqrt(((mine - theirs) ** 2).mean()))
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", [*figures.FIGURES, *OTHERS])
 def test_looks_as_it_did(name: str, five: list[Run], sweep: list[Run], ended: list[Run], tmp_path: Path) -> None:
-    assert_looks_as_it_did(name, figures.draw(name, _runs_for(name, five, sweep, ended)), tmp_path)
+    assert_looks_as_it_did(name, _drawn(name, five, sweep, ended), tmp_path)
 
 
 def assert_looks_as_it_did(name: str, figure: style.CaptionedFigure, tmp_path: Path) -> None:
