@@ -252,7 +252,9 @@ def _settings(runs: Sequence[Run], of: dict[Path, int]) -> dict[str, Any]:
     for key in dict.fromkeys(key for facts in known for key in facts):
         values = [facts.get(key) for facts in known]
         if len({str(value) for value in values if value is not None}) > 1:
-            columns.append(_texts(key, ["" if value is None else str(value) for value in values]))
+            shown = ["" if value is None else str(value) for value in values]
+            numbers = all(value is None or type(value) in (int, float) for value in values)
+            columns.append(_Column(key, shown, values if numbers else shown))
     return _table(columns, [of[run.folder] for run in runs])
 
 

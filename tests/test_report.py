@@ -276,6 +276,32 @@ class TestBrowser:
         opened.move(*point(opened, place))
         assert opened.run("tip.hidden") is True
 
+    def test_settings_that_differ_are_a_table_that_can_be_sorted(self, window: Page, tmp_path: Path) -> None:
+        path = tmp_path / "settings.html"
+        made = [invent(tmp_path, ["fedgen"], rounds=1, **{"train.lr": rate})[0] for rate in (0.5, 0.01, 0.1)]
+        path.write_text(report([*made, *invent(tmp_path, ["fedavg"], rounds=1)]), encoding="utf-8")
+        window.complaints.clear()
+        window.open(path)
+        rows = "[...document.querySelectorAll('#settings tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+        assert window.run(rows)[0] == ["run", "run.method", "train.lr"]
+        window.click("#settings th:nth-child(3) button")
+        assert [row[2] for row in window.run(rows)[1:]] == ["0.01", "0.01", "0.1", "0.5"]
+        common = "[...document.querySelectorAll('#common tr')].map(row => row.cells[0].textContent)"
+        assert "train.lr" not in window.run(common)
+        assert {"run.clients", "fedgen.temperature"} <= set(window.run(common))
+        assert not window.complaints
+
+    def test_a_narrow_window_keeps_letters_of_figures_legible(self, opened: Page) -> None:
+        """Figures are as wide as they have to be and are scrolled, not the page."""
+        size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        opened.send("Emulation.setDeviceMetricsOverride", **size)
+        try:
+            widths = "[...document.querySelectorAll('figure > svg')].map(svg => svg.getBoundingClientRect().width)"
+            assert min(opened.run(widths)) >= 640  # of 900, for letters of 12
+            assert opened.run("document.documentElement.scrollWidth") <= 400
+        finally:
+            opened.send("Emulation.clearDeviceMetricsOverride")
+
     def test_every_choice_of_a_figure_is_drawn(self, opened: Page) -> None:
         for figure, least in (("curves", 20), ("clients", 2000)):
             counts = opened.run(
