@@ -183,6 +183,17 @@ class Lab:
         """Return what a node (-1: the SuperLink) has said so far."""
         return (self.base / f"log{node}").read_text(encoding="utf-8", errors="replace")
 
+    def failed_apps(self) -> list[str]:
+        """Return the forks that have failed so far: node, command and exit code of each."""
+        path = self.base / "bin" / "failed"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    def end_apps(self) -> int:
+        """End the process that forks, and return its exit code: not 0 if one of its forks has failed."""
+        process = self.processes.pop(APPS)
+        process.terminate()
+        return process.wait(STOP_SECONDS)
+
     def close(self) -> None:
         """End every process of the lab, and remove their folders."""
         found = mine(self.base)

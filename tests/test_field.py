@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from lab import Lab, mine
+from lab import APPS, Lab, mine
 from test_deploy_init import blocks
 
 import clients.app
@@ -133,6 +133,7 @@ def test_four_devices_give_the_numbers_of_one_process(base: Path) -> None:
         shutil.copy(keys / "ca.pem", foreign / "ca.pem")
         assert {f.what: f.fine for f in check(foreign, at, "4", data[2])}["key"] is False
         port = lab.deployment.port
+        assert lab.end_apps() == 0, (lab.failed_apps(), lab.log(APPS)[-2000:])
     for method in methods:
         assert Run.open(base / method).digest() == straight(method, base / f"straight-{method}", DEPLOYED)
     with socket.socket() as probe:
@@ -270,6 +271,7 @@ def test_devices_die_hang_and_come_back(base: Path) -> None:
         said, _ = command.communicate(timeout=60)
         assert command.returncode == 130, said
         assert "round 1/40" in said
+        assert not [one for one in lab.failed_apps() if one.startswith("node-0 ")], lab.log(APPS)[-2000:]
         the_server_dies(lab, base)
     done = rounds(out)
     for row in done:
