@@ -178,8 +178,9 @@ class DataSection(Section):
         -1.0,
         ge=-1,
         lt=1,
-        description="share of the pool that is set aside, without labels, before the partition; -1: the method's own "
-        "(0 but for methods that need public data); compare methods only with equal values",
+        description="share of the pool that is set aside, without labels, before the partition (fedgen: of what its "
+        "split leaves over); -1: the method's own (0 but for methods that need public data); compare methods only with "
+        "equal values",
     )
 
     @field_validator("public_fraction")

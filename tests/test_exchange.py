@@ -106,6 +106,7 @@ def forward(parameters: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, to
 def test_public_images_are_nobodys(idx_root: str, test: str, kind: str) -> None:
     """They are set aside first, so no client trains or is scored on one, and what is left is dealt out."""
     keys: Keys = {"data.name": "mnist", "data.root": idx_root, "data.test": test, "data.partition": kind}
+    keys |= {"data.fraction": 0.5} if kind == "fedgen" else {}
     data = federate(tiny(**keys, **{"data.public-fraction": 0.2}))
     pool = 300 if test == "pooled" else 200
     assert len(data.set_aside) == len(set(data.set_aside.tolist())) == pool // 5
@@ -119,6 +120,17 @@ def test_public_images_are_nobodys(idx_root: str, test: str, kind: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(again.train, data.train, strict=True))
     other = federate(tiny(**keys, **{"data.public-fraction": 0.2, "data.seed": 2}))
     assert not np.array_equal(other.set_aside, data.set_aside)
+
+
+def test_public_images_leave_fedgens_split_as_it_is(idx_root: str) -> None:
+    """They are of what it leaves over; where that is too little, the message says so."""
+    keys: Keys = {"data.name": "mnist", "data.root": idx_root, "data.test": "own-labels", "data.partition": "fedgen"}
+    alone, beside = (federate(tiny(**keys, **{"data.fraction": 0.5, "data.public-fraction": p})) for p in (0.0, 0.2))
+    for split in ("train", "test"):
+        assert all(map(np.array_equal, getattr(alone, split), getattr(beside, split)))
+    assert len(beside.set_aside) == 40
+    with pytest.raises(UserError, match=r"leaves 0 examples over, and data\.public-fraction = 0\.2 needs 40"):
+        federate(tiny(**keys, **{"data.public-fraction": 0.2}))
 
 
 def test_public_images_have_no_labels() -> None:

@@ -231,7 +231,7 @@ def _dealt(config: Config) -> tuple[Images, Parts]:
     return images, parts
 
 
-_PARTITION_VERSION = 1
+_PARTITION_VERSION = 2
 
 
 def _short_hash(content: bytes) -> str:
@@ -271,11 +271,24 @@ def split(rows: Integers, test_fraction: float, seed: int, client: int) -> tuple
 def _partition(
     data: DataSection, labels: Integers, writers: Integers, clients: int, seed: int
 ) -> tuple[list[Integers], Integers]:
-    """Set the public examples aside and deal out the others; return the positions of both."""
+    """Set the public examples aside and deal out the others; return the positions of both.
+
+    FedGen's split stays as it is published, for it depends on every example: the public ones are of those left over.
+    """
     if data.public_fraction <= 0:
         return partition(data, labels, writers, clients, seed), np.zeros(0, dtype=np.int64)
-    shuffled = Streams(seed).numpy("public").permutation(len(labels))
+    rng = Streams(seed).numpy("public")
     cut = max(1, round(data.public_fraction * len(labels)))
+    if data.partition == "fedgen":
+        held = partition(data, labels, writers, clients, seed)
+        over = np.setdiff1d(np.arange(len(labels)), np.concatenate(held))
+        if len(over) < cut:
+            raise UserError(
+                f"data.partition = 'fedgen' leaves {len(over)} examples over, and data.public-fraction = "
+                f"{data.public_fraction:g} needs {cut}; take a smaller data.fraction or a smaller data.public-fraction"
+            )
+        return held, np.sort(rng.permutation(over)[:cut])
+    shuffled = rng.permutation(len(labels))
     kept = np.sort(shuffled[cut:])
     held = partition(data, labels[kept], writers[kept] if len(writers) else writers, clients, seed)
     return [kept[rows] for rows in held], np.sort(shuffled[:cut])

@@ -1,9 +1,9 @@
 """FedDF: the server fine-tunes the average by distilling the ensemble of the round's models on unlabelled public data.
 
 (Lin, Kong, Stich, Jaggi, NeurIPS 2020, Algorithm 1; code epfml/federated-learning-public-code @ 44dd555.)  The public
-images are set aside before the partition (``data.public-fraction``), without their labels: FedGen's comparison likewise
-gave FedDF unlabelled training samples.  The authors stop early by the accuracy on labelled validation data; a server
-without labels takes a fixed number of steps.
+images are set aside (``data.public-fraction``), without their labels, and no client holds one: FedGen's comparison
+likewise gave FedDF unlabelled training samples.  The authors stop early by the accuracy on labelled validation data; a
+server without labels takes a fixed number of steps.
 """
 
 from __future__ import annotations
