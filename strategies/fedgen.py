@@ -41,8 +41,8 @@ def init(setup: Setup) -> State:
         UserError: the generator feeds a stage with BatchNorm behind it whose statistics never reach the server.
     """
     hyper: Hyper = setup.hyper
-    tail = setup.staged.stage_names[setup.staged.stage_names.index(hyper.layer) :]
-    normed = [s for s in tail if any(True for _ in setup.staged.stages[s].buffers())]
+    tail = setup.staged.tail(hyper.layer).stages
+    normed = [name for name, stage in tail.items() if any(True for _ in stage.buffers())]
     if normed and not setup.sizes["shared_statistics"]:
         raise UserError(
             f"fedgen.layer = '{hyper.layer}': stage '{normed[0]}' behind it has BatchNorm whose statistics stay with "
@@ -171,17 +171,16 @@ def _train_generator(
 def _ensemble(setup: Setup, updates: Sequence[Update]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return features ``[batch, ...]`` to the logits ``[clients, batch, classes]`` of all clients' last stages."""
     hyper: Hyper = setup.hyper
-    names = setup.staged.stage_names[setup.staged.stage_names.index(hyper.layer) :]
+    tail = setup.staged.eval().tail(hyper.layer)
     shared = hyper.shared(setup.model)
     tensors = setup.model.unflatten(_placed([u.parameters for u in updates], shared, setup))
     if setup.sizes["shared_statistics"]:
         averaged = statistics_of(setup.model, shared)
         tensors |= setup.model.unflatten_statistics(_placed([u.statistics for u in updates], averaged, setup))
-    tensors = {name: view for name, view in tensors.items() if name.split(".")[1] in names}
-    module = setup.staged.eval()
+    tensors = {name: view for name, view in tensors.items() if name.split(".")[1] in tail.stages}
 
     def one(mine: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = functional_call(module, mine, (features,), {"start": hyper.layer})
+        out: torch.Tensor = functional_call(tail, mine, (features,))
         return out
 
     batched = torch.func.vmap(one, in_dims=(0, None))
