@@ -1,21 +1,24 @@
-"""Every committed table: its numbers and its figure, and one cell again, from the command that stands beside it.
+"""Every committed table: its numbers and its figure, and cells again, from the command that stands beside it.
 
 The tables were measured on real data, which is not part of the project: ``FEDKD_DATA`` names its folder (that of
-``data.root``), and without it the tests are skipped.
+``data.root``), and without it the tests are skipped.  Where a table was measured on a part of a data set that has a
+folder of its own there, ``NAME_small``, that one is taken, so that one call makes cells of all pages.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+import statistics
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import processors
 import pytest
 from test_figures import assert_legible
 
 from sims import figures
-from sims.reproduce import SCALES, Experiment, digests, experiments, reproduce, table
+from sims.reproduce import SCALES, Experiment, Row, digests, experiments, reproduce, table
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "results"
 COMMAND = re.compile(r"^    fedkd reproduce (\S+)", re.MULTILINE)
@@ -31,43 +34,121 @@ def committed() -> list[str]:
     return sorted(name for path in PAGES.glob("*.md") for name in COMMAND.findall(path.read_text("utf-8")))
 
 
-def by_seed(page: str) -> list[tuple[str, int, float, str]]:
-    """Return label, seed, accuracy in % and first digits of the digest of each cell of a page's table by seed."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
-    head = next(n for n, cells in enumerate(lines) if cells[1:2] and cells[1][:5] == "seed " and cells[-1] == "digests")
-    end = next((number for number in range(head, len(lines)) if lines[number] == [""]), len(lines))
+@dataclass(frozen=True)
+class Cells:
+    """A row of a page's table by seed."""
+
+    accuracies: dict[int, float]
+    digests: dict[int, str]
+
+
+def by_seed(page: str) -> dict[str, Cells]:
+    """Return, by label, accuracies in % and first digits of digests from a page's table by seed."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    head = next(number for number, cells in enumerate(lines) if cells[1].startswith("seed ") and cells[-1] == "digests")
     seeds = [int(cell.removeprefix("seed ")) for cell in lines[head][1:-1]]
-    return [
-        (label, seed, float(value), digest)
-        for label, *values, digests in lines[head + 2 : end]
-        for seed, value, digest in zip(seeds, values, re.findall("`(.*?)`", digests), strict=True)
-    ]
+    found = {}
+    for label, *values, names in lines[head + 2 :]:
+        if len(values) != len(seeds) or "`" not in names:
+            break
+        found[label] = Cells(
+            dict(zip(seeds, map(float, values), strict=True)),
+            dict(zip(seeds, re.findall(r"`([0-9a-f]+)`", names), strict=True)),
+        )
+    return found
 
 
-def one_cell(page: str) -> tuple[str, int, float, str]:
-    """Return label, seed, accuracy in % and first digits of the digest of a cell of a page's table by seed.
+def on_page(row: Row, cells: dict[str, Cells]) -> Cells | None:
+    """Return the cells of a row; a page may leave out what all of its labels begin with."""
+    found = [mine for label, mine in cells.items() if row.label == label or row.label.endswith(f" {label}")]
+    return found[0] if found else None
 
-    Of the row of clients that train alone, where there is one: it takes the least time, and a rounding does not grow
-    over its rounds into another accuracy, so that the figure can be compared on another processor.
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a page.
+
+    Args:
+        row: the row of the experiment.
+        seed: its seed.
+        accuracy: the committed accuracy, in %.
+        digest: first digits of the committed digest.
+        tolerance: how far another processor's accuracy may be from it, in points.
     """
-    cells = by_seed(page)
-    return next((cell for cell in cells if cell[0] == "local"), cells[0])
+
+    row: Row
+    seed: int
+    accuracy: float
+    digest: str
+    tolerance: float
+
+
+LEAST = 0.5
+"""Points that another processor's accuracy may always be away, as an image or two are of a few hundred."""
+COSTLY = ("run.clients-per-round", "fedgen.hidden", "fedgen.batch")
+"""What makes one row of a method longer than another."""
+
+
+def cell_of_a_control(name: str) -> Cell:
+    """Return a cell of the row of clients that train alone, where there is one, else of the first.
+
+    It takes the least time, and a rounding does not grow over its rounds into another accuracy.
+    """
+    experiment, cells = Experiment.read(name, SCALES[1]), by_seed(page_of(name))
+    rows = sorted(experiment.rows, key=lambda row: row.method != "local")
+    row, mine = next((row, mine) for row in rows if (mine := on_page(row, cells)))
+    return _first(row, mine, LEAST)
+
+
+def cell_of_the_paper(name: str) -> Cell:
+    """Return a cell of the cheapest row of the paper's own method.
+
+    Training is chaotic: on another processor a sum is rounded differently, and after enough steps that is another run
+    of the same setting, with the same data.  It is no further from the committed one than runs of other seeds are: the
+    tolerance is twice the deviation over seeds, of the accuracy itself or of its difference from a row that the page
+    compares it with, whichever is smaller, since with some partitions all rows are higher.
+    """
+    experiment, cells = Experiment.read(name, SCALES[1]), by_seed(page_of(name))
+    rows = [
+        (row, mine)
+        for row in experiment.rows
+        if row.method == name.partition("/")[0] and not row.control and (mine := on_page(row, cells))
+    ]
+    row, mine = min(rows, key=lambda pair: [pair[0].settings.get(key, 0) for key in COSTLY])
+    values = list(mine.accuracies.values())
+    others = [on_page(other, cells) for other in experiment.rows if other.name in row.against]
+    pairs = [[v - w for v, w in zip(values, other.accuracies.values(), strict=True)] for other in others if other]
+    return _first(row, mine, max(LEAST, 2 * min(map(statistics.stdev, [values, *pairs]))))
+
+
+def _first(row: Row, mine: Cells, tolerance: float) -> Cell:
+    seed = next(iter(mine.digests))
+    return Cell(row, seed, mine.accuracies[seed], mine.digests[seed], tolerance)
 
 
 def test_every_page_of_results_has_a_cell_to_make_again() -> None:
     """Every table has a page, and a page whose table cannot be read would never be checked."""
     assert committed() == sorted(experiments())
     for name in committed():
-        label, *_, digest = one_cell(page_of(name))
-        assert label in {row.label for row in Experiment.read(name, SCALES[1]).rows}
-        assert re.fullmatch(r"[0-9a-f]{8}", digest)
+        for cell in (cell_of_a_control(name), cell_of_the_paper(name)):
+            assert re.fullmatch(r"[0-9a-f]{8}", cell.digest)
+            assert 0 < cell.accuracy < 100
+        assert cell_of_the_paper(name).tolerance < 6
+
+
+real = pytest.mark.skipif("FEDKD_DATA" not in os.environ, reason="real data has to be in $FEDKD_DATA")
 
 
 @pytest.mark.parametrize("name", committed())
 def test_the_numbers_are_those_of_the_page(name: str) -> None:
     """Row for row and seed for seed, to the digits that the page has, of the rows that were measured."""
     experiment, page = Experiment.read(name, SCALES[1]), figures.pages(PAGES.parent)[name]
-    made, cells = figures.committed(page), by_seed(page.read_text(encoding="utf-8"))
+    made = figures.committed(page)
+    cells = [
+        (label, seed, mine.accuracies[seed], mine.digests[seed])
+        for label, mine in by_seed(page.read_text(encoding="utf-8")).items()
+        for seed in mine.digests
+    ]
     column = experiment.compared if experiment.best_rounds > 1 else "last"
     labels = {row.label: row.name for row in experiment.rows}
     assert list(made["row"].unique()) == [row.name for row in experiment.rows if row.name in set(made["row"])]
@@ -131,16 +212,39 @@ def test_figures_are_drawn_anew(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.reproduction
-@pytest.mark.skipif("FEDKD_DATA" not in os.environ, reason="real data has to be in $FEDKD_DATA")
+@real
 @pytest.mark.parametrize("name", committed())
 def test_a_committed_cell_comes_out_again(name: str, tmp_path: Path) -> None:
     """The same digest on the same type of processor and PyTorch; elsewhere the same accuracy within half a point."""
-    label, seed, accuracy, digest = one_cell(page_of(name))
+    check(name, cell_of_a_control(name), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.reproduction
+@real
+@pytest.mark.parametrize("name", committed())
+def test_a_committed_cell_of_the_papers_method_comes_out_again(name: str, tmp_path: Path) -> None:
+    """The same digest on the type of processor that the page names; elsewhere an accuracy that the seeds allow."""
+    check(name, cell_of_the_paper(name), tmp_path)
+
+
+def check(name: str, cell: Cell, folder: Path) -> None:
+    """Make a cell and compare it with the committed one."""
     experiment = Experiment.read(name, SCALES[1])
     rows = {row.name: row for row in experiment.rows}
-    wanted = next(row for row in experiment.rows if row.label == label)
-    one = replace(experiment, rows=[replace(rows[wanted.runs], score=wanted.score, against=())])
-    made = reproduce(one, {"data.root": os.environ["FEDKD_DATA"]}, [seed], tmp_path, jobs=1)
+    one = replace(experiment, rows=[replace(rows[cell.row.runs], score=cell.row.score, against=())])
+    made = reproduce(one, {"data.root": str(root(experiment))}, [cell.seed], folder, jobs=1)
     ours = table(one, made)["last" if experiment.best_rounds == 1 else "best"][0]
     again = digests(one, made)["digest"][0]
-    assert again.startswith(digest) or abs(ours - accuracy) < 0.5, f"{ours:.2f} %, {accuracy} % committed; {again}"
+    said = f"{ours:.2f} %, {cell.accuracy} ± {cell.tolerance:.2f} % committed; {again[:8]}, {cell.digest} committed"
+    print(f"{name}, {cell.row.label}, seed {cell.seed}: {said}")
+    if not again.startswith(cell.digest):
+        assert not processors.is_named(page_of(name)), said
+        assert abs(ours - cell.accuracy) <= cell.tolerance, said
+
+
+def root(experiment: Experiment) -> Path:
+    """Return the folder of a table's data: that of the part that was measured, where it has one."""
+    data = Path(os.environ["FEDKD_DATA"])
+    small = data / f"{experiment.settings['data.name']}_small"
+    return small if small.is_dir() else data
