@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.reproduction]
 
 RESULTS = Path(__file__).parent / "fixtures" / "reproductions"
 TOLERANCE = 2
-"""Test images of a row, of several hundred, that another processor's roundings may turn."""
+"""Test images of a row, of 101 to 450, that another processor's roundings may turn."""
 
 
 def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
