@@ -185,15 +185,21 @@ def test_who_diverges_in_a_group_is_named_alone(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("method", ["fedavg", pytest.param("scaffold", marks=pytest.mark.slow)])
-def test_groups_do_not_depend_on_the_number_of_nodes(run_inline: RunInline, method: str) -> None:
+def test_groups_do_not_depend_on_the_number_of_nodes(
+    run_inline: RunInline, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten clients in groups of four, four and two, on one node to three; and the results are those of one by one."""
+    at_once, of = list[int](), GroupJob.of
+    monkeypatch.setattr(GroupJob, "of", lambda jobs: (at_once.append(len(jobs)), of(jobs))[1])
     runs = [run_inline(method, nodes=nodes, **ALL, **{"run.group": 4}) for nodes in (1, 2, 3)]
     assert len({run.digest() for run in runs}) == 1
+    rounds = runs[0].config.run.rounds
+    assert sorted(at_once) == sorted([4, 4, 2] * 3 * rounds)  # on every number of nodes
     one, alone = (
         load_file(run.folder / "final.safetensors")["parameters"] for run in (runs[0], run_inline(method, **ALL))
     )
     torch.testing.assert_close(one, alone, **NEAR)
-    assert not torch.equal(one, alone), "nothing was trained at once"
+    assert len(at_once) == 9 * rounds  # and none of them alone
 
 
 def test_nodes_get_whole_groups(tmp_path: Path) -> None:
