@@ -392,29 +392,48 @@ def _logged(run: Run, name: str) -> float:
 
 
 def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
-    """Return the paired differences of the rows' last rounds, seed by seed, in percentage points.
+    """Return the paired differences of rows, seed by seed, in percentage points.
 
-    Columns: ``row``, ``against``, ``of`` (the last round, or the mean of the ``last_rounds`` last), ``difference`` and
-    its sample deviation over seeds, ``p`` of the paired t-test (NaN for one seed), ``higher`` (seeds in which the row
-    is above the other) and ``seeds``.
+    Columns: ``row``, ``against``, ``of`` (the mean of the ``best_rounds`` best, where there are several, the last
+    round, and the mean of the ``last_rounds`` last), ``difference`` and its sample deviation over seeds, ``p`` of the
+    paired t-test (NaN for one seed), ``corrected`` (p after Holm's correction over all rows that are compared with the
+    same one, at all steps of what a table is over), ``higher`` (seeds in which the row is above the other) and
+    ``seeds``.
     """
     import pandas as pd
 
+    from plots.significance import holm
     from plots.tables import over_seeds, p_value
 
     by_name = {row.name: row for row in experiment.rows}
-    lines = []
+    lines, families = [], []
     for row in experiment.rows:
         for other in (by_name[name] for name in row.against):
-            pairs = list(zip(_curves(experiment, row, runs), _curves(experiment, other, runs), strict=True))
-            for rounds in sorted({1, experiment.last_rounds}):
-                values = [float(mine[-rounds:].mean() - theirs[-rounds:].mean()) for mine, theirs in pairs]
+            mine, theirs = _scores(experiment, row, runs), _scores(experiment, other, runs)
+            for of in mine:
+                values = [one - another for one, another in zip(mine[of], theirs[of], strict=True)]
                 mean, deviation = over_seeds(values)
-                of = "last round" if rounds == 1 else f"last {rounds} rounds"
                 line: dict[str, Any] = {"row": row.label, "against": other.label, "of": of}
-                line |= {"difference": mean, "difference_std": deviation, "p": p_value(values)}
-                lines.append(line | {"higher": sum(value > 0 for value in values), "seeds": len(values)})
-    return pd.DataFrame(lines)
+                line |= {"difference": mean, "difference_std": deviation, "p": p_value(values), "corrected": 0.0}
+                # Equal accuracies differ by what their means are rounded to.
+                lines.append(line | {"higher": sum(value > 1e-9 for value in values), "seeds": len(values)})
+                families.append((of, other.line))
+    frame = pd.DataFrame(lines)
+    if lines:
+        frame["corrected"] = frame["p"].groupby(pd.Series(families)).transform(lambda p: holm(p.tolist()))
+    return frame
+
+
+def _scores(experiment: Experiment, row: Row, runs: Runs) -> dict[str, list[float]]:
+    """Return a row's accuracy in % by seed: of the best rounds if they are several, the last one, and the last ones."""
+    curves = _curves(experiment, row, runs)
+    found = {}
+    if (best := experiment.best_rounds) > 1:
+        found[f"best {best} rounds"] = [float(_best(experiment, curve).mean()) for curve in curves]
+    found["last round"] = [float(curve[-1]) for curve in curves]
+    if (last := experiment.last_rounds) > 1:
+        found[f"last {last} rounds"] = [float(curve[-last:].mean()) for curve in curves]
+    return found
 
 
 def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
@@ -584,6 +603,7 @@ _HEADINGS = {
     "worst": "worst tenth",
     "deviation": "deviation over clients",
     "against": "minus",
+    "corrected": "p, Holm",
     "higher": "seeds above",
 }
 
@@ -595,7 +615,7 @@ def _text(experiment: Experiment, frame: pd.DataFrame) -> list[list[str]]:
     """Return the lines of a table as text, headings first, ``mean ± deviation`` in one cell."""
     hidden = {"worst", "deviation"} if experiment.best_rounds > 1 else set()
     if experiment.last_rounds == 1:
-        hidden |= {"tail", "of"}
+        hidden |= {"tail"} if experiment.best_rounds > 1 else {"tail", "of"}
     of_epochs = {"last": "last epoch", "best": "best epoch"} if experiment.adapt_epochs else {}
     headings = _HEADINGS | {
         "best": f"best {experiment.best_rounds} rounds" if experiment.best_rounds > 1 else "best round",
@@ -614,7 +634,7 @@ def _cell(name: str, value: Any, deviation: float) -> str:
         return value
     if value != value:
         return "-"
-    if name == "p":
+    if name in ("p", "corrected"):
         return f"{value:.3f}" if value >= 0.001 else "< 0.001"
     return f"{'+' * (name == 'difference' and value > 0)}{spread(value, deviation, 0 if isinstance(value, int) else 2)}"
 
