@@ -18,13 +18,14 @@ _LETTERS, _SIZE = 28, 6.5
 """Of the labels: most letters in a line, and their size in points."""
 _LINE, _BETWEEN, _APART = 0.11, 0.065, 0.06
 """In inches: the height of a line of a label, what is between two rows, and between what is drawn in a row."""
-_DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)))
-"""Of the controls that a line is drawn for, in their order."""
+_DASHES: dict[str, Any] = {"local": (0, (4, 2)), "fedavg_ft": (0, (1, 1.5)), "fedavg": (0, (6, 1.5, 1, 1.5))}
+_OTHER_DASHES: Any = (0, (6, 1.5, 1, 1.5, 1, 1.5))
+"""Of the lines through controls, by their method."""
 _SEED: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 1.6, "markeredgewidth": 0}
 
 
 @style.styled()
-def rows(values: pd.DataFrame, measure: str) -> style.CaptionedFigure:
+def rows(values: pd.DataFrame, measure: str, over: str = "", from_zero: bool = False) -> style.CaptionedFigure:
     """Draw a published table, a row of it per line.
 
     Args:
@@ -33,6 +34,8 @@ def rows(values: pd.DataFrame, measure: str) -> style.CaptionedFigure:
             ``published`` (mean, or mean ± deviation, as text; empty: none), ``seed`` and ``value``.  Where only the
             mean over seeds is known, one line with it, and with the ``deviation``; elsewhere that is NaN.
         measure: what the values are, with their unit.
+        over: what was varied, which stands before each step of it; empty: the steps say it.
+        from_zero: whether the axis begins at 0, where only ratios compare.
 
     Returns:
         a figure as wide as one column.
@@ -43,7 +46,7 @@ def rows(values: pd.DataFrame, measure: str) -> style.CaptionedFigure:
     for part in each:
         first = part.iloc[0]
         if headings.get(first["at"]) == part.index[0]:
-            labels.append((height + _LINE, first["at"], True))
+            labels.append((height + _LINE, f"{over}: {first['at']}" if over else first["at"], True))
             height += 1.5 * _LINE
         label = style.broken(first["row"], _LETTERS)
         tall = max(_LINE * (1 + label.count("\n")), 3 * _APART if first["published"] else 0) + _BETWEEN
@@ -57,12 +60,15 @@ def rows(values: pd.DataFrame, measure: str) -> style.CaptionedFigure:
     lines = [part for part in each if part["line"].iloc[0]]
     for at in dict.fromkeys(values["at"]):
         here = [middle for part, middle in zip(each, places, strict=True) if part["at"].iloc[0] == at]
-        for dashes, part in zip(_DASHES, (part for part in lines if part["at"].iloc[0] in ("", at)), strict=False):
+        for part in (part for part in lines if part["at"].iloc[0] in ("", at)):
+            dashes = _dashes(part["method"].iloc[0])
             x, y = [float(part["value"].mean())] * 2, [min(here) - _LINE, max(here) + _LINE]
             axes.plot(x, y, color=style.GREY, linewidth=0.8, linestyle=dashes, zorder=1.5)
     _label(axes, labels)
     axes.set_ylim(height, 0)
     axes.margins(x=0.04)
+    if from_zero:
+        axes.set_xlim(left=0)
     axes.set_xlabel(measure)
     _legend(figure, values)
     figure.caption = _caption(values, each, lines, measure)
@@ -80,7 +86,7 @@ def _draw(figure: style.CaptionedFigure, axes: Axes, part: pd.DataFrame, middle:
     colour = style.GREY if first["control"] else style.colour(first["method"])
     top = middle - _APART if first["published"] else middle - 0.5 * _APART * (not known)
     bars: dict[str, Any] = {"color": colour, "elinewidth": 0.9, "capsize": 1.5, "capthick": 0.9}
-    marker = "s" if first["control"] else "o"
+    marker = style.line(first["method"])["marker"]
     axes.errorbar(mean, top, xerr=None if np.isnan(deviation) else deviation, fmt=marker, markersize=3.6, **bars)
     if not known:
         axes.plot(seeds, [top + _APART] * len(seeds), color=colour, zorder=3, **_SEED)
@@ -100,6 +106,11 @@ def number(published: str) -> tuple[float, float]:
     return float(mean or "nan"), float(deviation or "nan")
 
 
+def _dashes(method: str) -> Any:
+    """Return the dashes of the line through a control."""
+    return _DASHES.get(method, _OTHER_DASHES)
+
+
 def _label(axes: Axes, labels: list[tuple[float, str, bool]]) -> None:
     """Write the rows' labels beside the axis, and the steps above their rows, in bold, from the axis on."""
     beside = [(place, text) for place, text, heading in labels if not heading]
@@ -117,12 +128,13 @@ def _legend(figure: style.CaptionedFigure, values: pd.DataFrame) -> None:
     plain: dict[str, Any] = {"color": "black", "linestyle": "", "markersize": 3.6}
     handles = {"mean over seeds": Line2D([], [], marker="o", **plain)}
     if not values["control"].all() and values["control"].any():
-        dashed = {"linestyle": _DASHES[0], "linewidth": 0.8} if values["line"].any() else {}
-        handles["control"] = Line2D([], [], marker="s", **plain | {"color": style.GREY} | dashed)
+        handles["control"] = Line2D([], [], marker="o", **plain | {"color": style.GREY})
     if values["deviation"].isna().any():
         handles["one seed"] = Line2D([], [], color="black", **_SEED)
     if values["published"].any():
         handles["published"] = Line2D([], [], marker="D", markerfacecolor="white", **plain)
+    for row, method in values.loc[values["line"], ["row", "method"]].drop_duplicates().itertuples(index=False):
+        handles[str(row)] = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=_dashes(method))
     style.legend(figure, list(handles.values()), list(handles))
 
 
@@ -130,7 +142,7 @@ def _caption(values: pd.DataFrame, each: list[pd.DataFrame], lines: list[pd.Data
     counts = {str(part["row"].iloc[0]): len(part) for part in each if part["deviation"].isna().all()}
     seeds = f" ({describe_seeds(counts)})" if counts else ""
     means = dict.fromkeys(part["row"].iloc[0] for part in lines)
-    drawn = [f"Rows of the table: {measure}. Filled: mean over seeds{seeds}, squares of controls, in grey."]
+    drawn = [f"Rows of the table: {measure}. Filled: mean over seeds{seeds}, a shape per method, controls in grey."]
     drawn.append("Bars: plus and minus one sample standard deviation over seeds; a row of one seed has none.")
     if counts:
         drawn.append("Small dots: the single seeds.")

@@ -340,10 +340,13 @@ def reproduce(
     show_list: Annotated[bool, typer.Option("--list", help="List the tables that can be made again.")] = False,
     scale: Annotated[str, typer.Option("--scale", help="smoke: a minute; cpu: as measured here; paper.")] = "cpu",
     root: RootOption = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "1,2,3",
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Seeds, separated by commas. Default: the table's.")
+    ] = None,
     settings: SetOption = None,
     out: Annotated[Path | None, _out("Folder. Default: runs/reproduce/ID/SCALE.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time. Default: the CPU cores.")] = None,
+    track: TrackOption = None,
 ) -> None:
     """Make a published table again: the published value, ours and the controls beside each other, and the figures.
 
@@ -356,7 +359,7 @@ def reproduce(
 
       fedkd reproduce pgfed/cifar10 --scale smoke
 
-      fedkd reproduce fedgen/table1 --root /data --seeds 0,1,2
+      fedkd reproduce fedgen/table1 --root /data --jobs 4
     """
     from sims import reproduce as tables
     from sims.launch import writable
@@ -370,7 +373,8 @@ def reproduce(
     folder = writable(out or Path("runs/reproduce") / experiment.name / scale)
     beside = [] if out else sorted(folder.parent.parent.glob(f"*/{scale}"))
     overrides = _flat({"data.root": root}, settings, [row.method for row in experiment.rows])
-    runs = tables.reproduce(experiment, overrides, _seeds(seeds), folder, jobs or default_nodes(), beside)
+    chosen = experiment.seeds if seeds is None else _seeds(seeds)
+    runs = tables.reproduce(experiment, overrides, chosen, folder, jobs or default_nodes(), beside, track or "")
     files = tables.write(experiment, runs, folder)
     out_console.print(f"{experiment.title} (scale {scale})", soft_wrap=True, highlight=False, markup=False)
     print((folder / "table.md").read_text(encoding="utf-8"))

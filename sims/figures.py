@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from plots import style
-from sims.reproduce import SCALES, Experiment, side_by_side
+from sims.reproduce import SCALES, Experiment, over, side_by_side
 
 DOCS = Path("docs")
 COMMAND = re.compile(r"^    fedkd reproduce (\S+)", re.MULTILINE)
@@ -36,19 +36,25 @@ def committed(page: Path, column: str = "") -> pd.DataFrame:
     return pd.read_csv(page.parent / "runs" / f"{name}.csv", dtype={"digest": str})
 
 
-def figure(name: str, page: Path) -> style.CaptionedFigure:
-    """Draw a table from the numbers committed with its page."""
-    experiment = Experiment.read(name, SCALES[1])
-    made = committed(page)
-    return side_by_side(experiment, made if experiment.compared in made else committed(page, experiment.compared))
+def figures(name: str, page: Path) -> dict[str, style.CaptionedFigure]:
+    """Draw a table from the numbers committed with its page: its rows, and a table over some settings over these too.
+
+    Returns:
+        the figures by the names of their files.
+    """
+    experiment, made = Experiment.read(name, SCALES[1]), committed(page)
+    shown = made if experiment.compared in made else committed(page, experiment.compared)
+    drawn = {f"{page.stem}-rows": side_by_side(experiment, shown)}
+    return drawn | ({page.stem: over(experiment, made)} if experiment.over else {})
 
 
 def main(docs: Path = DOCS) -> None:
-    """Draw ``docs/figures/NAME-rows.png`` for every page ``docs/results/NAME.md`` that has a table."""
+    """Draw the figures of every page ``docs/results/NAME.md`` that has a table, to ``docs/figures``."""
     for name, page in pages(docs).items():
-        with TemporaryDirectory() as folder:
-            png, *_ = style.save(figure(name, page), Path(folder) / "rows")
-            shutil.copyfile(png, docs / "figures" / f"{page.stem}-rows.png")
+        for stem, figure in figures(name, page).items():
+            with TemporaryDirectory() as folder:
+                png, *_ = style.save(figure, Path(folder) / "figure")
+                shutil.copyfile(png, docs / "figures" / f"{stem}.png")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ class Row:
     line: str
     at: str
 
+    @property
+    def look(self) -> str:
+        """The method whose look it has in figures: the global model of ``fedavg_ft`` is FedAvg's."""
+        return "fedavg" if (self.method, self.score) == ("fedavg_ft", "global") else self.method
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -82,6 +87,8 @@ class Experiment:
         adapt_epochs: epochs for which clients that were held out adapt what each run ends with; the table is of them,
             an epoch in the place of a round.  0: it is of the runs' own clients.
         over: the settings over which the rows are repeated, each with its name in the table; empty: they are not.
+        over_label: what is varied then, in figures.
+        seeds: those that are run where no others are asked for.
     """
 
     name: str
@@ -95,6 +102,8 @@ class Experiment:
     rows: Sequence[Row]
     adapt_epochs: int = 0
     over: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
+    over_label: str = ""
+    seeds: Sequence[int] = (1, 2, 3)
 
     @classmethod
     def read(cls, name: str, scale: str = "cpu") -> Experiment:
@@ -129,6 +138,8 @@ class Experiment:
             ],
             adapt_epochs=raw.get("adapt-epochs", 0),
             over=raw.get("over", {}),
+            over_label=raw.get("over-label", ""),
+            seeds=raw.get("seeds", cls.seeds),
         )
 
     @property
@@ -242,6 +253,7 @@ def reproduce(
     out: Path,
     jobs: int,
     beside: Sequence[Path] = (),
+    track: str = "",
 ) -> dict[str, list[Run]]:
     """Run what is missing of an experiment and return every row's runs, a run per seed.
 
@@ -252,6 +264,7 @@ def reproduce(
         out: folder of the runs.
         jobs: runs at a time.
         beside: folders of other tables, whose finished runs are used where the settings are the same.
+        track: where each round is shown as it ends (:mod:`sims.trackers`); empty: nowhere.
     """
     from sims.launch import launch_all, place_series, prepare
 
@@ -270,7 +283,7 @@ def reproduce(
                 if not finished:
                     waiting.append(config)
     if waiting:
-        launch_all(waiting, "inline", None, jobs)
+        launch_all(waiting, "inline", None, jobs, track=track)
     opened = {name: [Run.open(folder) for folder in mine] for name, mine in folders.items()}
     if epochs := experiment.adapt_epochs:
         opened = {name: [_adapted(run, epochs, out / "newcomers") for run in mine] for name, mine in opened.items()}
@@ -484,7 +497,7 @@ def side_by_side(experiment: Experiment, made: pd.DataFrame, column: str = "") -
         pd.DataFrame(
             {
                 "row": row.line,
-                "method": row.method,
+                "method": row.look,
                 "control": row.control,
                 "line": row.line in lines,
                 "at": row.at,
@@ -497,15 +510,18 @@ def side_by_side(experiment: Experiment, made: pd.DataFrame, column: str = "") -
             for row in [by_name[line["row"]]]
         ).sort_values("at", key=lambda at: at.map(["", *experiment.over].index), kind="stable", ignore_index=True),
         _measure(experiment, column),
+        over=experiment.over_label,
+        from_zero=column == "milliseconds",
     )
 
 
 def _through(experiment: Experiment) -> set[str]:
-    """Return the labels of the controls that all rows are compared with; without such, of the first one."""
+    """Return the labels of the controls that all rows are compared with and whose score is that of most rows."""
     by_name = {row.name: row for row in experiment.rows}
     against = [{row.line, *(by_name[name].line for name in row.against)} for row in experiment.rows if row.against]
-    controls = [row.line for row in experiment.rows if row.control]
-    return set.intersection(set(controls), *against) or set(controls[:1])
+    scores = [row.score for row in experiment.rows]
+    usual = max(scores, key=scores.count)
+    return set.intersection({row.line for row in experiment.rows if row.control and row.score == usual}, *against)
 
 
 def _measure(experiment: Experiment, column: str) -> str:
@@ -539,7 +555,7 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     trained = [(row, run) for row, run in own if not (experiment.adapt_epochs and row.method == "local")]
     drawn = [Run(run.folder, row.label) for row, run in trained]
     figures = (
-        {"over": _over(experiment, runs)}
+        {"over": over(experiment, made)}
         if experiment.over
         else {"convergence": convergence(drawn, targets=_targets(experiment)), "fairness": fairness(drawn)}
     )
@@ -573,16 +589,20 @@ def _newcomers(runs: Sequence[tuple[str, Adapted]]) -> CaptionedFigure:
     return adaptation(pd.DataFrame({**row, "label": label} for label, run in runs for row in run.newcomers))
 
 
-def _over(experiment: Experiment, runs: Runs) -> CaptionedFigure:
+def over(experiment: Experiment, made: pd.DataFrame) -> CaptionedFigure:
     """Draw what the rows' last rounds are above the control that they are compared with first, seed by seed.
 
     Rows of global models are left out.
+
+    Args:
+        experiment: a table that is over some settings.
+        made: a line per row and seed with the columns ``row`` (its name), ``seed`` and ``last``, as of :func:`digests`.
     """
     import pandas as pd
 
     from plots.sweep import gains
 
-    last = {row.name: [float(curve[-1]) for curve in _curves(experiment, row, runs)] for row in experiment.rows}
+    last = {str(name): mine["last"].tolist() for name, mine in made.groupby("row", sort=False)}
     line = {row.name: row.line for row in experiment.rows}
     control = line[next(row.against[0] for row in experiment.rows if row.against)]
     alone = {row.at: last[row.name] for row in experiment.rows if row.line == control}
@@ -594,7 +614,7 @@ def _over(experiment: Experiment, runs: Runs) -> CaptionedFigure:
         for mine, its in zip(last[row.name], alone.get(at, alone.get("", [])), strict=True)
     )
     keys = dict.fromkeys(key for settings in experiment.over.values() for key in settings)
-    return gains(above, ", ".join(keys), control)
+    return gains(above, experiment.over_label or ", ".join(keys), control)
 
 
 _HEADINGS = {

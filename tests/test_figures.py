@@ -391,20 +391,58 @@ class TestRows:
     def test_one_colour_per_method_and_none_for_controls(self, published: pd.DataFrame) -> None:
         [axes] = rows(published, "accuracy in %").axes
         marks = [(line.get_marker(), line.get_color()) for line in axes.get_lines() if 3 < line.get_markersize() < 4]
-        assert marks.count(("s", style.GREY)) == 2
+        controls = [style.line(method)["marker"] for method in ("local", "fedavg_ft")]
+        assert [marks.count((marker, style.GREY)) for marker in controls] == [1, 1]
         assert marks.count(("D", style.GREY)) == 1
+        assert marks.count((style.line("apfl")["marker"], style.colour("apfl"))) == 1
         assert marks.count(("o", style.colour("fedgen"))) == marks.count(("D", style.colour("fedgen"))) == 2
 
     def test_symbols_are_named_where_there_are_any(self, published: pd.DataFrame) -> None:
         def named(frame: pd.DataFrame) -> list[str]:
             return [text.get_text() for text in rows(frame, "accuracy in %").legends[0].get_texts()]
 
-        assert named(published) == ["mean over seeds", "control", "one seed", "published"]
+        assert named(published) == ["mean over seeds", "control", "one seed", "published", "local"]
         assert named(published[published["row"] == "APFL"]) == ["mean over seeds"]
         caption = rows(published, "accuracy in %").caption
         assert "sample standard deviation" in caption
         assert "Broken lines: the mean of local." in caption
         assert "Hollow" not in rows(published[published["published"] == ""], "accuracy in %").caption
+
+    def test_a_control_has_the_same_dashes_wherever_its_line_is(self, published: pd.DataFrame) -> None:
+        """Alone and beside another; and the legend has them."""
+
+        def dashes(frame: pd.DataFrame) -> dict[str, object]:
+            figure = rows(frame, "accuracy in %")
+            [legend] = figure.legends
+            texts = [text.get_text() for text in legend.get_texts()]
+            drawn = dict(zip(texts, legend.legend_handles, strict=True))
+            broken = [line for line in figure.axes[0].get_lines() if line.is_dashed()]
+            found = {}
+            for row, mine in frame[frame["line"]].groupby("row"):
+                [*_, line] = [line for line in broken if np.isclose(line.get_xdata()[0], mine["value"].mean())]
+                found[str(row)] = vars(line)["_dash_pattern"]
+                assert vars(drawn[str(row)])["_dash_pattern"] == found[str(row)]
+            return found
+
+        both = published.assign(line=published["control"])
+        found = dashes(both)
+        assert len(found) == 2
+        assert len({str(pattern) for pattern in found.values()}) == 2
+        for row, pattern in found.items():
+            assert dashes(both.assign(line=both["row"] == row)) == {row: pattern}
+
+    def test_what_is_varied_stands_before_its_steps(self, published: pd.DataFrame) -> None:
+        def headings(over: str) -> list[str]:
+            return [text.get_text() for text in rows(published, "accuracy in %", over=over).axes[0].texts]
+
+        assert headings("") == ["alpha 0.1", "alpha 1"]
+        assert headings("label skew") == ["label skew: alpha 0.1", "label skew: alpha 1"]
+        assert_legible(rows(published, "accuracy in %", over="label skew"))
+
+    def test_an_axis_of_ratios_begins_at_zero(self, published: pd.DataFrame) -> None:
+        low, high = rows(published, "milliseconds", from_zero=True).axes[0].get_xlim()
+        assert low == 0
+        assert high == pytest.approx(rows(published, "milliseconds").axes[0].get_xlim()[1])
 
     def test_published_texts(self) -> None:
         assert number("93.03 ± 0.32") == (93.03, 0.32)

@@ -16,7 +16,8 @@ from conftest import TINY
 
 from fedkd.config import Config
 from fedkd.errors import UserError
-from sims import adapt, inline, launch, reproduce
+from plots.significance import holm
+from sims import adapt, figures, inline, launch, reproduce
 from sims.reproduce import SCALES, Experiment
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,8 @@ TABLE_KEYS = {
     "like",
     "adapt-epochs",
     "over",
+    "over-label",
+    "seeds",
 }
 ROW_KEYS = {"label", "method", "settings", "runs", "score", "control", "against", "published", "scales"}
 
@@ -222,6 +225,7 @@ like = "one"
 title = "Another example"
 best-rounds = 2
 last-rounds = 2
+seeds = [4, 6]
 settings = {{ "train.lr" = 0.5 }}
 scales = {{ smoke = {{ }} }}
 
@@ -232,6 +236,8 @@ method = "local"
 [three]
 like = "one"
 title = "A sweep"
+
+over-label = "share"
 
 [three.over]
 "Half, at most" = {{ "apfl.alpha" = 0.5 }}
@@ -324,6 +330,7 @@ def test_a_table_from_start_to_end(
     assert paired["difference_std"].iloc[1] == pytest.approx(np.std(gains, ddof=1))
     assert paired["higher"].iloc[1] == sum(gain > 0 for gain in gains)
     assert 0 < paired["p"].iloc[1] <= 1
+    assert paired["corrected"].tolist() == pytest.approx(holm(paired["p"].tolist()))  # both with the same row
 
     text = (out / "table.md").read_text(encoding="utf-8")
     assert text in shown
@@ -347,6 +354,87 @@ def test_a_table_from_start_to_end(
     assert fedkd(*ONE) == 0
     assert contents(out) == before
     assert capsys.readouterr().out == shown
+
+
+@pytest.mark.usefixtures("example")
+def test_differences_are_of_what_published_values_are_compared_with_first(tmp_path: Path) -> None:
+    """Of the best rounds, the last one and the last ones, each corrected for the rows with the same comparison."""
+    two = Experiment.read("example/two", "smoke")
+    runs = reproduce.reproduce(two, {}, [1, 2], tmp_path, jobs=1)
+    frame = reproduce.differences(two, runs)
+    kinds = ["best 2 rounds", "last round", "last 2 rounds"]
+    assert frame["of"].tolist() == kinds * 3
+    mine, theirs = ([_curve(tmp_path / f"{row}-s{n}", "personal") for n in (1, 2)] for row in ("mixed", "after"))
+    best = [np.sort(one)[-2:].mean() - np.sort(another)[-2:].mean() for one, another in zip(mine, theirs, strict=True)]
+    line = frame[(frame["row"] == "APFL") & (frame["of"] == kinds[0])].iloc[0]
+    assert line["difference"] == pytest.approx(np.mean(best))
+    assert line["higher"] == sum(value > 1e-9 for value in best)
+    for kind in kinds:
+        family = frame[frame["of"] == kind]
+        assert family["corrected"].tolist() == pytest.approx(holm(family["p"].tolist()), nan_ok=True)
+    headings, *lines = reproduce._text(two, frame)
+    assert headings == ["row", "minus", "of", "difference", "p", "p, Holm", "seeds above", "seeds"]
+    assert all(len(cells) == len(headings) for cells in lines)
+
+
+def test_rounding_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed in which a row is not above another but by what a mean is rounded to does not count."""
+    rows = [row for row in Experiment.read("fedgen/table2").rows if row.name in ("fedavg", "widths-64-256")]
+    table = dataclasses.replace(Experiment.read("fedgen/table2"), rows=rows, best_rounds=1, last_rounds=1)
+    curves = {"fedavg": [50.0, 60.0, 70.0], "widths-64-256": [50.0 + 1e-12, 61.0, 70.0]}
+    monkeypatch.setattr(
+        reproduce, "_curves", lambda table, row, runs: [np.array([value]) for value in curves[row.name]]
+    )
+    [line] = reproduce.differences(table, {}).to_dict("records")
+    assert (line["higher"], line["seeds"]) == (1, 3)
+
+
+def test_steps_of_a_sweep_are_one_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row at three steps is compared three times with the control, which is another run at each."""
+    table, draws = Experiment.read("fedd2s/heterogeneity"), np.random.default_rng(3)
+    curves = {row.name: [np.array([value]) for value in draws.normal(60, 2, 3)] for row in table.rows}
+    monkeypatch.setattr(reproduce, "_curves", lambda table, row, runs: curves[row.name])
+    frame = reproduce.differences(table, {})
+    alone = frame[frame["against"].str.startswith("local")]
+    assert len(alone) == 12
+    assert alone["corrected"].tolist() == pytest.approx(holm(alone["p"].tolist()))
+
+
+@pytest.mark.usefixtures("example")
+@pytest.mark.parametrize("words", [[], ["--seeds", "5", "--track", "tensorboard"]])
+def test_seeds_are_the_tables_and_rounds_are_shown_where_asked(
+    words: list[str], fedkd: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless others are given; and nothing is shown anywhere unless asked for."""
+    asked = []
+
+    def launched(configs: list[Config], *_: object, track: str) -> None:
+        asked.append(([config.run.seed for config in configs], track))
+        raise UserError("enough")
+
+    monkeypatch.setattr(launch, "launch_all", launched)
+    assert fedkd("reproduce", "example/two", "--scale", "smoke", *words) == 2
+    assert asked == [([5, 5, 5], "tensorboard") if words else ([4, 4, 4, 6, 6, 6], "")]
+
+
+def test_the_seeds_of_a_table_are_those_that_were_measured() -> None:
+    """Of every committed table; what it is like hands them on."""
+    for name in TABLES:
+        page = figures.pages(reproduce.HOME.parent / "docs").get(name)
+        if page is not None:
+            assert sorted(figures.committed(page)["seed"].unique()) == list(Experiment.read(name).seeds), name
+
+
+def test_lines_are_through_controls_that_all_rows_can_be_compared_with() -> None:
+    """Controls of personal models say nothing where most rows score the global one."""
+    assert reproduce._through(Experiment.read("fedftg/plug-in")) == set()
+    assert reproduce._through(Experiment.read("fedd2s/cifar10")) == {"local", "FedAvg after the same local steps"}
+
+
+def test_a_global_model_looks_like_fedavg() -> None:
+    """Whichever method's runs it comes from."""
+    rows = {row.name: row.look for row in Experiment.read("fedd2s/cifar10").rows}
+    assert (rows["fedavg"], rows["fedavg-ft"], rows["deep-dropping"]) == ("fedavg", "fedavg_ft", "fedd2s")
 
 
 def _curve(folder: Path, score: str) -> Any:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import processors
 import pytest
-from test_figures import assert_legible
+from PIL import Image
+from test_figures import COARSENESS, TOLERANCE, assert_legible, distance
 
+from plots import style
 from sims import figures
 from sims.reproduce import SCALES, Experiment, Row, digests, experiments, reproduce, table
 
@@ -174,8 +176,10 @@ def test_a_page_shows_its_figures(name: str) -> None:
 def test_a_figure_is_drawn_from_the_numbers(name: str) -> None:
     """Mean over seeds and published value of every row, with nothing on anything else."""
     experiment, page = Experiment.read(name, SCALES[1]), figures.pages(PAGES.parent)[name]
-    figure = figures.figure(name, page)
-    assert_legible(figure)
+    drawn_now = figures.figures(name, page)
+    for figure in drawn_now.values():
+        assert_legible(figure)
+    figure = drawn_now[f"{page.stem}-rows"]
     drawn = figure.numbers.set_index("series")
     published = drawn["published"].dropna()
     made = figures.committed(page)
@@ -186,6 +190,17 @@ def test_a_figure_is_drawn_from_the_numbers(name: str) -> None:
             assert drawn.loc[row.label, "x"] == pytest.approx(
                 made.loc[made["row"] == row.name, experiment.compared].mean()
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", committed())
+def test_a_committed_figure_is_what_is_drawn_now(name: str, tmp_path: Path) -> None:
+    """Coarsely; after a change that is meant, ``python -m sims.figures`` draws all of them."""
+    for stem, figure in figures.figures(name, figures.pages(PAGES.parent)[name]).items():
+        now, *_ = style.save(figure, tmp_path / stem)
+        with Image.open(now) as mine, Image.open(PAGES.parent / "figures" / now.name) as theirs:
+            one, other = (image.convert("RGB").reduce(COARSENESS) for image in (mine, theirs))
+        assert distance(one, other) < TOLERANCE
 
 
 @pytest.mark.slow
