@@ -89,6 +89,7 @@ class Experiment:
         over: the settings over which the rows are repeated, each with its name in the table; empty: they are not.
         over_label: what is varied then, in figures.
         seeds: those that are run where no others are asked for.
+        not_measured: why the project has no results of it; empty: it has.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Experiment:
     over: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
     over_label: str = ""
     seeds: Sequence[int] = (1, 2, 3)
+    not_measured: str = ""
 
     @classmethod
     def read(cls, name: str, scale: str = "cpu") -> Experiment:
@@ -140,6 +142,7 @@ class Experiment:
             over=raw.get("over", {}),
             over_label=raw.get("over-label", ""),
             seeds=raw.get("seeds", cls.seeds),
+            not_measured=raw.get("not-measured", ""),
         )
 
     @property
@@ -162,9 +165,10 @@ def experiments() -> tuple[str, ...]:
 
 
 def title(name: str) -> str:
-    """Return the title of an experiment and the scales it has."""
+    """Return the title of an experiment, the scales it has, and whether the project has no results of it."""
     _, raw = _find(name)
-    return f"{raw['title']} (scales: {', '.join(raw['scales'])})"
+    measured = f"; not measured: {raw['not-measured']}" if "not-measured" in raw else ""
+    return f"{raw['title']} (scales: {', '.join(raw['scales'])}{measured})"
 
 
 def _repeated(

@@ -38,6 +38,7 @@ TABLE_KEYS = {
     "over",
     "over-label",
     "seeds",
+    "not-measured",
 }
 ROW_KEYS = {"label", "method", "settings", "runs", "score", "control", "against", "published", "scales"}
 
@@ -182,6 +183,8 @@ def test_list_names_every_table_with_its_scales(fedkd: Run, capsys: pytest.Captu
     listed = capsys.readouterr().out
     assert [line.split(":")[0] for line in listed.splitlines()] == list(TABLES)
     assert "(scales: smoke, cpu)" in listed
+    unmeasured = {name for name in TABLES if Experiment.read(name, "smoke").not_measured}
+    assert {line.split(":")[0] for line in listed.splitlines() if "; not measured: " in line} == unmeasured
     assert fedkd("reproduce") == 0
     assert capsys.readouterr().out == listed
 
