@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import processors
 import pytest
 
@@ -22,6 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.reproduction]
 
 
 RESULTS = Path(__file__).parent / "fixtures" / "reproductions"
+TWO_SEEDS = "fedgen/table2"
+"""The table whose differences have p; of one seed there is none."""
 TOLERANCE = 2
 """Test images of a row, of 101 to 450, that another processor's roundings may turn."""
 
@@ -34,22 +37,39 @@ def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
 @pytest.mark.parametrize("name", reproduce.experiments())
 def test_a_table_is_made_and_a_second_call_runs_nothing(name: str, tmp_path: Path) -> None:
     """A table and figures with published values and controls; then the same bytes, and no run is touched."""
-    words = ["reproduce", name, "--scale", "smoke", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)]
+    seeds = [1, 2] if name == TWO_SEEDS else [1]
+    words = ["reproduce", name, "--scale", "smoke", "--jobs", "1", "--out", str(tmp_path)]
+    words += ["--seeds", ",".join(map(str, seeds))]
     command = [sys.executable, "-m", "sims.cli", *words]
     subprocess.run(command, check=True, timeout=600)
     first = files(tmp_path)
     experiment = reproduce.Experiment.read(name, "smoke")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert all(row.label in table for row in experiment.rows)
-    figure = "over" if experiment.over else "convergence"
-    assert {"table.csv", "table.tex", f"{figure}.png", f"{figure}.pdf"} <= {path.name for path in first}
+    assert {path.name for path in first if path.parent == tmp_path} == expected(experiment)
+    if any(row.against for row in experiment.rows):
+        found = pd.read_csv(tmp_path / "differences.csv")[["p", "corrected"]]
+        assert found.notna().all(axis=None) if len(seeds) > 1 else found.isna().all(axis=None)
     runs = {path: found for path, found in first.items() if path.name == "rounds.jsonl"}
-    assert len(runs) == len({row.runs for row in experiment.rows})
+    assert len(runs) == len(seeds) * len({row.runs for row in experiment.rows})
     compare(experiment, tmp_path)
     subprocess.run(command, check=True, timeout=600)
     second = files(tmp_path)
     assert {path: content for path, (content, _) in second.items()} == {p: content for p, (content, _) in first.items()}
     assert {path: second[path] for path in runs} == runs
+
+
+def expected(experiment: reproduce.Experiment) -> set[str]:
+    """Return the names of the files that stand beside the runs."""
+    names = {"table.md", "table.csv", "table.tex", "runs.csv"}
+    if any(row.against for row in experiment.rows):
+        names |= {"differences.csv", "differences.tex"}
+    figures = {"rows", "over"} if experiment.over else {"rows", "convergence", "fairness"}
+    if experiment.adapt_epochs:
+        figures.add("newcomers")
+    if any(row.score == "global" for row in experiment.rows) and not experiment.over:
+        figures.add("convergence-global")
+    return names | {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf", "txt", "csv")}
 
 
 def compare(experiment: reproduce.Experiment, folder: Path) -> None:
