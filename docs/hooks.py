@@ -10,8 +10,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("fedkd", "strategies", "plots")
-"""Whose docstrings are the API reference; the other two folders are the two ends of an application."""
+PACKAGES = ("fedkd", "strategies", "plots", "sims")
+"""Whose docstrings are the API reference; the clients' halves of methods are no interface for others."""
 
 OUTSIDE = {
     "README.md": "index.md",
