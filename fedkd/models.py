@@ -74,10 +74,11 @@ class StagedModel(nn.Module):
         return x.float() if self.in_bfloat16 else x
 
     def tail(self, start: str) -> StagedModel:
-        """Return the stages from ``start`` on as a model of their own, which shares them and takes what it takes."""
+        """Return the stages from ``start`` on as a model of their own, which shares them and their mode."""
         names = self.stage_names[self.stage_names.index(start) :]
         stages = OrderedDict((name, self.stages[name]) for name in names)
-        return StagedModel(stages, self.input_of(start), self.channels_last, self.in_bfloat16)
+        tail = StagedModel(stages, self.input_of(start), self.channels_last, self.in_bfloat16)
+        return tail.train(self.training)
 
     def input_of(self, stage: str, setting: str = "stage") -> Shape:
         """Return the shape, without the batch, of what a stage takes.

@@ -83,6 +83,27 @@ def test_a_range_of_stages_runs_alone() -> None:
     assert torch.equal(model(x, start="conv2", stop="latent"), model.stages["conv2"](x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_tail_is_the_stages_themselves(training: bool) -> None:
+    """What it computes, its tensors, their names and the mode, which asking it for a shape changes nowhere."""
+    model = made("fedgen_cnn").train(training)
+    tail = model.tail("conv2")
+    assert tail.stage_names == ("conv2", "latent", "head")
+    whole = dict(model.named_parameters())
+    assert all(whole[name] is tensor for name, tensor in tail.named_parameters())
+    assert tail.input_of("head") == model.input_of("head")
+    assert {module.training for module in (*model.modules(), *tail.modules())} == {training}
+    model.eval()
+    x = torch.randn(3, 1, 28, 28)
+    assert torch.equal(tail(model(x, stop="conv2")), model(x))
+
+
+def test_a_workspace_sets_the_mode_of_every_layer(flat: FlatModel) -> None:
+    for mode in (False, True, True, False):
+        flat.train() if mode else flat.eval()
+        assert {module.training for module in flat.module.modules()} == {mode}
+
+
 def test_stages_take_the_shapes_that_they_say() -> None:
     """A generator is built from these shapes."""
     model = made("fedgen_cnn")
