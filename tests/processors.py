@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -28,17 +29,23 @@ def here() -> dict[str, str]:
     }
 
 
-def is_named(text: str) -> bool:
-    """Return whether a page of results names this processor and PyTorch: 'AMD EPYC', without AVX-512 unless it says so.
+_WIDE = {"avx512f": "AVX-512", "amx_bf16": "AMX"}
 
-    Where it names none, nobody knows.
+
+def is_named(text: str) -> bool:
+    """Return whether a page of results names this processor and PyTorch for its first table.
+
+    The type is such as 'Intel Xeon with AVX-512 and AMX'; what a page does not say, a processor of its does not have.
+    Where a page names no type, nobody knows.
     """
     known = _cpuinfo()
-    wide = "avx512f" in known.get("flags", "").split()
-    mine = "AMD EPYC with AVX-512" if wide else "AMD EPYC"
-    named = "AMD EPYC with AVX-512" if "(AMD EPYC with AVX-512)" in text else "AMD EPYC" if "(AMD EPYC)" in text else ""
-    same = known.get("model name", "").startswith("AMD EPYC") and named == mine
-    return same and f"PyTorch {'.'.join(torch.__version__.split('.')[:2])}." in text
+    model = known.get("model name", "").replace("(R)", "")
+    vendor = next((name for name in ("AMD EPYC", "Intel Xeon") if model.startswith(name)), "")
+    wide = [name for flag, name in _WIDE.items() if flag in known.get("flags", "").split()]
+    mine = f"{vendor} with {' and '.join(wide)}" if wide else vendor
+    machine = re.search(r"^Machine: .*(?:\n.+)*", text, re.MULTILINE)
+    said = machine[0] if machine else ""
+    return bool(vendor) and f"({mine})" in said and f"PyTorch {'.'.join(torch.__version__.split('.')[:2])}." in said
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,17 +24,16 @@ from sims import figures
 from sims.reproduce import SCALES, Experiment, Row, digests, experiments, reproduce, table
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "results"
-COMMAND = re.compile(r"^    fedkd reproduce (\S+)", re.MULTILINE)
 
 
 def page_of(name: str) -> str:
     """Return the page that shows a table's results."""
-    return next(text for path in sorted(PAGES.glob("*.md")) if name in COMMAND.findall(text := path.read_text("utf-8")))
+    return figures.pages(PAGES.parent)[name].read_text(encoding="utf-8")
 
 
 def committed() -> list[str]:
     """Return the names of the tables whose results are committed."""
-    return sorted(name for path in PAGES.glob("*.md") for name in COMMAND.findall(path.read_text("utf-8")))
+    return sorted(figures.pages(PAGES.parent))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,23 @@ def test_every_page_of_results_has_a_cell_to_make_again() -> None:
         assert cell_of_the_paper(name).tolerance < 6
 
 
-real = pytest.mark.skipif("FEDKD_DATA" not in os.environ, reason="real data has to be in $FEDKD_DATA")
+@pytest.mark.parametrize(
+    ("model", "flags", "named"),
+    [
+        ("AMD EPYC 7B13", "avx2", "AMD EPYC"),
+        ("AMD EPYC 9B14", "avx2 avx512f", "AMD EPYC with AVX-512"),
+        ("Intel(R) Xeon(R) Processor", "avx512f amx_bf16", "Intel Xeon with AVX-512 and AMX"),
+    ],
+)
+def test_a_page_names_its_processor(model: str, flags: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of its first table, whole; a page that names none, or another PyTorch, asks for no digest."""
+    monkeypatch.setattr(processors, "_cpuinfo", lambda: {"model name": model, "flags": flags})
+    monkeypatch.setattr(processors.torch, "__version__", "2.13.0+cpu")
+    page = "Machine: a server{},\nCPU only, PyTorch {}. Digests.\n\nMachine: a server (AMD EPYC), PyTorch 2.13.\n"
+    types = ("AMD EPYC", "AMD EPYC with AVX-512", "Intel Xeon with AVX-512", "Intel Xeon with AVX-512 and AMX")
+    assert [name for name in types if processors.is_named(page.format(f" ({name})", "2.13"))] == [named]
+    assert not processors.is_named(page.format("", "2.13"))
+    assert not processors.is_named(page.format(f" ({named})", "2.12"))
 
 
 @pytest.mark.parametrize("name", committed())
@@ -227,28 +243,15 @@ def test_figures_are_drawn_anew(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.reproduction
-@real
+@pytest.mark.skipif("FEDKD_DATA" not in os.environ, reason="real data has to be in $FEDKD_DATA")
+@pytest.mark.parametrize("cell_of", [cell_of_a_control, cell_of_the_paper])
 @pytest.mark.parametrize("name", committed())
-def test_a_committed_cell_comes_out_again(name: str, tmp_path: Path) -> None:
-    """The same digest on the same type of processor and PyTorch; elsewhere the same accuracy within half a point."""
-    check(name, cell_of_a_control(name), tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.reproduction
-@real
-@pytest.mark.parametrize("name", committed())
-def test_a_committed_cell_of_the_papers_method_comes_out_again(name: str, tmp_path: Path) -> None:
-    """The same digest on the type of processor that the page names; elsewhere an accuracy that the seeds allow."""
-    check(name, cell_of_the_paper(name), tmp_path)
-
-
-def check(name: str, cell: Cell, folder: Path) -> None:
-    """Make a cell and compare it with the committed one."""
-    experiment = Experiment.read(name, SCALES[1])
+def test_a_committed_cell_comes_out_again(name: str, cell_of: Callable[[str], Cell], tmp_path: Path) -> None:
+    """The same digest on the type of processor that the page names; elsewhere an accuracy within the tolerance."""
+    cell, experiment = cell_of(name), Experiment.read(name, SCALES[1])
     rows = {row.name: row for row in experiment.rows}
     one = replace(experiment, rows=[replace(rows[cell.row.runs], score=cell.row.score, against=())])
-    made = reproduce(one, {"data.root": str(root(experiment))}, [cell.seed], folder, jobs=1)
+    made = reproduce(one, {"data.root": str(root(experiment))}, [cell.seed], tmp_path, jobs=1)
     ours = table(one, made)["last" if experiment.best_rounds == 1 else "best"][0]
     again = digests(one, made)["digest"][0]
     said = f"{ours:.2f} %, {cell.accuracy} ± {cell.tolerance:.2f} % committed; {again[:8]}, {cell.digest} committed"
