@@ -252,6 +252,10 @@ class TrainSection(Section):
         description="exponent of lr-decay: the current round, or (FedGen's authors) the client's previous one",
     )
 
+    def doubts(self) -> list[str]:
+        """Say so where weight decay pulls past zero by more than what it began with."""
+        return overshoots("train.weight-decay", self.weight_decay, self, "models")
+
     def batches(self, examples: int) -> tuple[int, int]:
         """Return how many of a client's examples a step uses, and how many a whole pass over them."""
         size = min(self.batch_size, examples)

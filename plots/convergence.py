@@ -16,7 +16,7 @@ from plots import style
 from plots.tables import Group, describe, describe_seeds, groups
 
 By = Literal["round", "bytes", "seconds"]
-Column = Literal["accuracy", "global", "personal", "worst_decile"]
+Column = Literal["accuracy", "weighted", "global", "personal", "worst_decile"]
 
 
 def _rounds(run: Run) -> pd.Series[float]:
@@ -40,10 +40,13 @@ _AXES: dict[str, tuple[Callable[[Run], pd.Series[float]], str]] = {
 }
 _COLUMNS = {
     "accuracy": "mean client accuracy (%)",
+    "weighted": "accuracy on all test images (%)",
     "global": "global model accuracy (%)",
     "personal": "personal model accuracy (%)",
     "worst_decile": "accuracy of the worst tenth (%)",
 }
+_STATISTICS = {"weighted": ("accuracy", "weighted"), "worst_decile": ("accuracy", "worst_decile")}
+"""What of :func:`fedkd.metrics.by_round` a column is, of which accuracy, where it is not the mean of its own name."""
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -60,7 +63,8 @@ def convergence(
         runs: runs of one or more methods and seeds.
         by: the horizontal axis: round, bytes or seconds so far (mean over seeds).
         column: whose accuracy: of the model a client would use, of the global model, of the personal one, or, of the
-            first, the mean over the worst tenth of the clients at each round.
+            first, ``weighted`` by each client's test images, or the mean over the worst tenth of the clients at each
+            round.
         targets: accuracies in [0, 1] to mark; the caption says who reaches them when.
 
     Returns:
@@ -121,7 +125,7 @@ def curve(group: Group, by: By, column: Column) -> tuple[Floats, Floats]:
 
     Both at the rounds that all seeds evaluated; rounds, bytes or seconds so far, mean over seeds.
     """
-    of, statistic = ("accuracy", "worst_decile") if column == "worst_decile" else (column, "mean")
+    of, statistic = _STATISTICS.get(column, (column, "mean"))
     curves = [100 * by_round(run.evaluations, of)[statistic] for run in group.runs]
     places = [_AXES[by][0](run) for run in group.runs]
     common = curves[0].index
@@ -142,13 +146,15 @@ def _caption(
 ) -> str:
     whose = {
         "accuracy": "the clients",
+        "weighted": "the clients",
         "global": "the clients with the global model",
         "personal": "the clients with their personal models",
         "worst_decile": "the worst tenth of the clients at each round",
     }[column]
+    weights = "weighted by their test images" if column == "weighted" else "weighted equally"
     seeds = describe_seeds({group.label: len(group.runs) for group in drawn})
     parts = [
-        f"Accuracy of {whose}, weighted equally, against {_AXES[by][1]}; {describe(runs)}.",
+        f"Accuracy of {whose}, {weights}, against {_AXES[by][1]}; {describe(runs)}.",
         f"Lines: mean over seeds ({seeds}), up to the last round that all of them reached.",
         "Bands: plus and minus one sample standard deviation over seeds; a line of one seed has none.",
     ]

@@ -37,6 +37,9 @@ FIGURES = {
     "convergence": Kind("convergence", "convergence", "accuracy by round (or --by)", takes=("by", "targets")),
     "convergence-bytes": Kind("convergence", "convergence", "accuracy by bytes sent", {"by": "bytes"}, ("targets",)),
     "convergence-seconds": Kind("convergence", "convergence", "accuracy by time", {"by": "seconds"}, ("targets",)),
+    "convergence-weighted": Kind(
+        "convergence", "convergence", "weighted by test images", {"column": "weighted"}, ("by", "targets")
+    ),
     "convergence-global": Kind(
         "convergence", "convergence", "the global model's", {"column": "global"}, ("by", "targets")
     ),

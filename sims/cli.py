@@ -827,20 +827,21 @@ def _warn_of_ignored(configs: Sequence[Config], given: Iterable[str]) -> None:
 
 
 def _doubts(config: Config) -> list[str]:
-    """Return what the method doubts of its settings, beside those of the run and the model that it leads to."""
+    """Return what is doubtful in the settings of training, and in the method's own beside them and the model."""
     import torch
 
     from fedkd.config import HyperParameters
     from fedkd.data import federate
     from fedkd.setup import Setup
 
+    doubts = config.train.doubts()
     if type(config.hyper).doubts is HyperParameters.doubts:
-        return []  # no need of the model
+        return doubts  # no need of the model
     if config.data.partition == "devices":
-        return []  # what images they have, and so the model, is not known here
+        return doubts  # what images they have, and so the model, is not known here
     data = federate(config)
     setup = Setup.build(config, data.shape, data.classes, torch.device("cpu"))
-    return config.hyper.doubts(config.train, config.model, setup.sizes["statistics"])
+    return doubts + config.hyper.doubts(config.train, config.model, setup.sizes["statistics"])
 
 
 def _warn_of_untested(config: Config) -> None:

@@ -543,7 +543,7 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
         the files.
     """
     from plots import style
-    from plots.convergence import convergence
+    from plots.convergence import Column, convergence
     from plots.fairness import fairness
 
     frames = {"table": table(experiment, runs), "differences": differences(experiment, runs)}
@@ -558,11 +558,14 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     own = [(row, run) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
     trained = [(row, run) for row, run in own if not (experiment.adapt_epochs and row.method == "local")]
     drawn = [Run(run.folder, row.label) for row, run in trained]
-    figures = (
-        {"over": over(experiment, made)}
-        if experiment.over
-        else {"convergence": convergence(drawn, targets=_targets(experiment)), "fairness": fairness(drawn)}
-    )
+    if experiment.over:
+        figures = {"over": over(experiment, made)}
+    else:
+        column: Column = "weighted" if experiment.metric == "weighted" else "accuracy"  # as published values are
+        figures = {
+            "convergence": convergence(drawn, "round", column, _targets(experiment)),
+            "fairness": fairness(drawn),
+        }
     figures["rows"] = side_by_side(experiment, made)
     if _targets(experiment):
         figures["convergence"].caption += " Dotted: published values."

@@ -12,8 +12,10 @@ from conftest import tiny
 
 from fedkd.config import Config
 from fedkd.methods.fedavg import Broadcast
+from sims import cli
 
 PULLS = {
+    "fedavg": "train.weight-decay",
     "fedprox": "fedprox.mu",
     "feddyn": "feddyn.alpha",
     "ditto": "ditto.lam",
@@ -27,7 +29,7 @@ PULLS = {
 def test_a_pull_is_doubted_where_its_steps_leave_its_centre(
     method: str, momentum: float, share: float, worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside a linear loss of gradient g the steps should come to ``theta - theta_t = -g / mu``."""
+    """Beside a linear loss of gradient g the steps should come to ``theta - centre = -g / mu``."""
     weight, key = 5.0, PULLS[method]
     lr = share * 2 * (1 + momentum) / weight
     node = worker(method, **{key: weight, "train.lr": lr, "train.momentum": momentum, "train.local-steps": 60})
@@ -38,7 +40,8 @@ def test_a_pull_is_doubted_where_its_steps_leave_its_centre(
     monkeypatch.setattr(importlib.import_module(f"clients.{method}"), "cross_entropy", linear)
     outcome = node.half.update(node.job(1, 0), Broadcast(node.initial, torch.zeros(0)), None, node.shard(0, "train"))
     ended = outcome.state.parameters if method == "ditto" else outcome.update.parameters
-    left = (ended - node.initial + 1 / weight).norm()
+    centre = node.initial if method != "fedavg" else torch.zeros_like(node.initial)
+    left = (ended - centre + 1 / weight).norm()
     settles = bool(left < 0.5 * torch.full_like(node.initial, 1 / weight).norm())
     said = doubts(node.config)
     assert settles == (share < 1)
@@ -49,8 +52,8 @@ def test_a_pull_is_doubted_where_its_steps_leave_its_centre(
 
 
 def doubts(config: Config) -> list[str]:
-    """Return what a method doubts without BatchNorm."""
-    return config.hyper.doubts(config.train, config.model, 0)
+    """Return what is doubted in training, and by a method without BatchNorm."""
+    return config.train.doubts() + config.hyper.doubts(config.train, config.model, 0)
 
 
 @pytest.mark.parametrize(("base", "own"), [("fedprox", "fedprox-mu"), ("feddyn", "feddyn-alpha")])
@@ -63,6 +66,16 @@ def test_a_plug_in_doubts_what_its_base_does(base: str, own: str) -> None:
     )
     assert line.endswith(f"take train.lr below 0.05, or a smaller fedftg.{own}")
     assert doubts(tiny("fedftg", **keys)) == []
+
+
+def test_the_command_line_says_what_is_doubted_in_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a method without doubts of its own too, and of one with them."""
+    for method in ("local", "fedprox"):
+        cli._warn_of_ignored([tiny(method, **{"train.lr": 0.5, "train.weight-decay": 4.0})], [])
+        assert capsys.readouterr().err.splitlines() == [
+            "fedkd: train.lr = 0.5 times train.weight-decay = 4.0 is not below 2, so models may diverge; "
+            "take train.lr below 0.5, or a smaller train.weight-decay"
+        ]
 
 
 def test_no_method_doubts_its_defaults() -> None:

@@ -59,7 +59,7 @@ Write = Callable[..., Run]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Return ``write(method, seed, personal, shared, ...)``: a run with these correct answers, of ten per client."""
+    """Return ``write(method, seed, personal, shared, ...)``: a run with these correct answers, of ten or ``totals``."""
 
     def write(
         method: str,
@@ -69,6 +69,7 @@ def write(tmp_path: Path) -> Write:
         every: int = 1,
         size: int = 500_000,
         partition: str = PARTITION,
+        totals: Sequence[int] = (10, 10),
         **flat: Scalar,
     ) -> Run:
         folder = tmp_path / f"{method}-{seed}-{len(list(tmp_path.iterdir()))}"
@@ -79,7 +80,7 @@ def write(tmp_path: Path) -> Write:
             sent = {"bytes_down": size, "bytes_up": size, "seconds": 0.5}
             recorder.write("clients", [{"round": number, "client": 0, **sent}])
             if number % every == 0:
-                rows: list[dict[str, Any]] = [{"round": number, "client": c, "total": 10} for c in range(2)]
+                rows: list[dict[str, Any]] = [{"round": number, "client": c, "total": totals[c]} for c in range(2)]
                 for kind, correct in scores.items():
                     for row, count in zip(rows, correct[number // every - 1] if correct else (), strict=False):
                         row |= {f"{kind}_correct": count, f"{kind}_loss_sum": 1.0}
@@ -261,6 +262,14 @@ class TestConvergence:
         assert "one sample standard deviation over seeds" in figure.caption
         assert "2 seeds each" in figure.caption
         assert figure.get_figwidth() == style.SINGLE
+
+    def test_clients_count_equally_or_by_their_test_images(self, write: Write) -> None:
+        run = write("fedavg", 1, None, [[1, 27], [2, 24]], totals=(10, 30))
+        equal, weighted = convergence([run]), convergence([run], column="weighted")
+        assert xy(lines(equal.axes[0])["fedavg"])[1] == [50, 50]
+        assert xy(lines(weighted.axes[0])["fedavg"])[1] == [100 * 28 / 40, 100 * 26 / 40]
+        assert weighted.axes[0].get_ylabel() == "accuracy on all test images (%)"
+        assert ("weighted equally" in equal.caption, "by their test images" in weighted.caption) == (True, True)
 
     def test_one_seed_has_no_band(self, runs: list[Run]) -> None:
         assert not bands(convergence(runs[:1]).axes[0])
