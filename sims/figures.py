@@ -1,5 +1,8 @@
 """Draw the tables of the committed results, from the numbers committed with them: ``python -m sims.figures``.
 
+``python -m sims.figures NAME FOLDER`` first takes the results of ``fedkd reproduce --out FOLDER`` over into the page
+``docs/results/NAME.md``: its tables, and the numbers beside it.  What the page says of them stays to be read again.
+
 ``docs/results/runs/NAME.csv`` holds what ``runs.csv`` of the table on the page ``docs/results/NAME.md`` holds, as far
 as it is on record; where what published values are compared with is known as means over seeds only, those are in
 ``NAME-COLUMN.csv``.
@@ -9,11 +12,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
 
+from fedkd.errors import UserError
 from plots import style
 from sims.reproduce import SCALES, Experiment, over, side_by_side
 
@@ -48,6 +53,51 @@ def figures(name: str, page: Path) -> dict[str, style.CaptionedFigure]:
     return drawn | ({page.stem: over(experiment, made)} if experiment.over else {})
 
 
+def take(name: str, folder: Path, docs: Path = DOCS) -> None:
+    """Put the tables that were written to a folder into a page, each in the place of the one that begins alike.
+
+    Args:
+        name: of the page.
+        folder: where ``fedkd reproduce`` wrote them, at scale ``cpu``.
+        docs: whose ``results`` the page is one of.
+
+    Raises:
+        UserError: the folder has no such tables, or the page has not the same ones, each once.
+    """
+    page = docs / "results" / f"{name}.md"
+    try:
+        text, made = page.read_text(encoding="utf-8"), pd.read_csv(folder / "runs.csv")
+        written = (folder / "table.md").read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; a folder of `fedkd reproduce` is wanted") from error
+    (experiment,) = (Experiment.read(known, SCALES[1]) for known, path in pages(docs).items() if path == page)
+    column = experiment.compared if experiment.best_rounds > 1 else "last"
+    made = made[["row", "seed", column, "digest"]].assign(digest=made["digest"].str[:8])
+    for table in [*_TABLE.findall(written), _by_seed(experiment, made, column)]:
+        head = "|".join(table.split("|")[:3])  # what its first two columns are called
+        found = [other for other in _TABLE.findall(text) if other.startswith(head)]
+        if len(found) != 1:
+            raise UserError(f"{page}: has {len(found)} tables that begin with `{head}|`, and one is to be replaced")
+        text = text.replace(found[0], table)
+    page.write_text(text, encoding="utf-8")
+    made.to_csv(page.parent / "runs" / f"{name}.csv", index=False, float_format="%.2f")
+
+
+_TABLE = re.compile(r"^\| row (?:\|.*\n)+", re.MULTILINE)
+
+
+def _by_seed(experiment: Experiment, made: pd.DataFrame, column: str) -> str:
+    """Return the table of what every run came to, with its digest."""
+    seeds = sorted(made["seed"].unique())
+    lines = [["row", *(f"seed {seed}" for seed in seeds), "digests"]]
+    for row in experiment.rows:
+        mine = made[made["row"] == row.name].set_index("seed").loc[seeds]
+        values = [f"{value:.2f}" for value in mine[column]]
+        lines.append([row.label, *values, " ".join(f"`{digest}`" for digest in mine["digest"])])
+    head, *body = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([head, f"|---|{'---:|' * len(seeds)}---|\n", *body])
+
+
 def main(docs: Path = DOCS) -> None:
     """Draw the figures of every page ``docs/results/NAME.md`` that has a table, to ``docs/figures``."""
     for name, page in pages(docs).items():
@@ -58,4 +108,7 @@ def main(docs: Path = DOCS) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        page_name, results = sys.argv[1:]
+        take(page_name, Path(results))
     main()

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import processors
 import pytest
 from PIL import Image
 from test_figures import COARSENESS, TOLERANCE, assert_legible, distance
 
+from fedkd.errors import UserError
 from plots import style
 from sims import figures
 from sims.reproduce import SCALES, Experiment, Row, digests, experiments, reproduce, table
@@ -239,6 +241,32 @@ def test_figures_are_drawn_anew(tmp_path: Path) -> None:
         (tmp_path / "results" / file).write_bytes((PAGES / file).read_bytes())
     figures.main(tmp_path)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["apfl-iid-rows.png"]
+
+
+def test_results_are_taken_over_into_a_page(tmp_path: Path) -> None:
+    """What was written to a folder takes the place of the page's tables and numbers, and nothing else changes."""
+    before = (PAGES / "apfl-iid.md").read_text(encoding="utf-8")
+    (tmp_path / "results" / "runs").mkdir(parents=True)
+    (page := tmp_path / "results" / "apfl-iid.md").write_text(before, encoding="utf-8")
+    made = pd.read_csv(PAGES / "runs" / "apfl-iid.csv", dtype={"digest": str})
+    with pytest.raises(UserError, match=r"runs\.csv: No such file .* a folder of `fedkd reproduce` is wanted"):
+        figures.take("apfl-iid", tmp_path, tmp_path)
+    head, values, *_ = tables = re.findall(r"^\| row \|(?: published| minus)(?:.*\n\|)+.*\n", before, re.MULTILINE)
+    assert len(tables) == 2
+    (tmp_path / "table.md").write_text("\n".join(tables), encoding="utf-8")
+    made.assign(best=1.0, digest=made["digest"] + "0123").to_csv(tmp_path / "runs.csv", index=False)
+    figures.take("apfl-iid", tmp_path, tmp_path)
+    assert page.read_text(encoding="utf-8") == before
+    assert (tmp_path / "results" / "runs" / "apfl-iid.csv").read_text() == (PAGES / "runs" / "apfl-iid.csv").read_text()
+    (tmp_path / "table.md").write_text(f"{head.replace('53.89', '12.34')}\n{values}", encoding="utf-8")
+    made.replace({"last": {made["last"].iloc[0]: 43.21}}).to_csv(tmp_path / "runs.csv", index=False)
+    figures.take("apfl-iid", tmp_path, tmp_path)
+    after = page.read_text(encoding="utf-8")
+    assert ("control: local | - | 53.89" in before, "control: local | - | 12.34" in after) == (True, True)
+    assert "\n| FedAvg, global model | 43.21 |" in after
+    page.write_text(after + head, encoding="utf-8")
+    with pytest.raises(UserError, match=r"has 2 tables that begin with `\| row \| published \|`"):
+        figures.take("apfl-iid", tmp_path, tmp_path)
 
 
 @pytest.mark.slow
