@@ -237,12 +237,16 @@ def _find(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a table of an ``experiment.toml``; one that is ``like`` another adds to its settings and rows."""
+    """Return a table of an ``experiment.toml``.
+
+    One that is ``like`` another adds to its settings and rows; where it has ``keep``, it has only the rows named there.
+    """
     own: dict[str, Any] = tables[name]
     if "like" not in own:
         return own
     base = _table(tables, own["like"])
     merged = {key: base[key] | own.get(key, {}) for key in ("settings", "rows")}
+    merged["rows"] = {name: merged["rows"][name] for name in own.get("keep", merged["rows"])}
     return {**base, **own, **merged}
 
 

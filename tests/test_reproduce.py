@@ -34,6 +34,7 @@ TABLE_KEYS = {
     "against",
     "log",
     "like",
+    "keep",
     "adapt-epochs",
     "over",
     "over-label",
@@ -257,6 +258,10 @@ like = "three"
 [four.over]
 "one step" = {{ "train.local-steps" = 1 }}
 "two" = {{ "train.local-steps" = 2 }}
+
+[five]
+like = "two"
+keep = ["more", "after"]
 """
 NUMBERS = """
 [[number]]
@@ -401,6 +406,15 @@ def test_steps_of_a_sweep_are_one_family(monkeypatch: pytest.MonkeyPatch) -> Non
     alone = frame[frame["against"].str.startswith("local")]
     assert len(alone) == 12
     assert alone["corrected"].tolist() == pytest.approx(holm(alone["p"].tolist()))
+
+
+@pytest.mark.usefixtures("example")
+def test_a_table_keeps_what_it_names_of_the_one_that_it_is_like() -> None:
+    """In the order in which it names them; the other table keeps all of its rows."""
+    two, five = Experiment.read("example/two", "smoke"), Experiment.read("example/five", "smoke")
+    assert [row.name for row in two.rows] == ["global", "after", "mixed", "more"]
+    assert [row.name for row in five.rows] == ["more", "after"]
+    assert (five.settings, five.seeds) == (two.settings, two.seeds)
 
 
 @pytest.mark.usefixtures("example")
