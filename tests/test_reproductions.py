@@ -50,6 +50,9 @@ def test_a_table_is_made_and_a_second_call_runs_nothing(name: str, tmp_path: Pat
     if any(row.against for row in experiment.rows):
         found = pd.read_csv(tmp_path / "differences.csv")[["p", "corrected"]]
         assert found.notna().all(axis=None) if len(seeds) > 1 else found.isna().all(axis=None)
+    if "convergence.txt" in {path.name for path in first}:
+        said = " ".join((tmp_path / "convergence.txt").read_text(encoding="utf-8").split())
+        assert ("weighted by their test images" in said) == (experiment.metric == "weighted")
     runs = {path: found for path, found in first.items() if path.name == "rounds.jsonl"}
     assert len(runs) == len(seeds) * len({row.runs for row in experiment.rows})
     compare(experiment, tmp_path)
