@@ -91,6 +91,8 @@ def _by_seed(experiment: Experiment, made: pd.DataFrame, column: str) -> str:
     seeds = sorted(made["seed"].unique())
     lines = [["row", *(f"seed {seed}" for seed in seeds), "digests"]]
     for row in experiment.rows:
+        if row.name not in set(made["row"]):
+            continue  # of some tables not all rows are measured
         mine = made[made["row"] == row.name].set_index("seed").loc[seeds]
         values = [f"{value:.2f}" for value in mine[column]]
         lines.append([row.label, *values, " ".join(f"`{digest}`" for digest in mine["digest"])])
