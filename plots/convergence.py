@@ -52,7 +52,11 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 @style.styled()
 def convergence(
-    runs: Sequence[Run], by: By = "round", column: Column = "accuracy", targets: Sequence[float] = ()
+    runs: Sequence[Run],
+    by: By = "round",
+    column: Column = "accuracy",
+    targets: Sequence[float] = (),
+    settled: bool = False,
 ) -> style.CaptionedFigure:
     """Draw a line per method: the mean over its seeds, with a band of one standard deviation, at evaluated rounds.
 
@@ -66,6 +70,8 @@ def convergence(
             first, ``weighted`` by each client's test images, or the mean over the worst tenth of the clients at each
             round.
         targets: accuracies in [0, 1] to mark; the caption says who reaches them when.
+        settled: whether the vertical axis begins near the lowest mean after the first fifth, so that what rises steeply
+            at first and lies close together afterwards can be told apart.
 
     Returns:
         a figure as wide as one column.
@@ -97,6 +103,10 @@ def convergence(
     for target in targets:
         axes.axhline(100 * target, color=style.GREY, linewidth=0.8, linestyle=":", zorder=1.5)
     style.percent(axes)
+    if settled:
+        means = [values.mean(axis=0)[x >= x[0] + 0.2 * (x[-1] - x[0])] for _, x, values in curves]
+        lowest, highest = min(float(mean.min()) for mean in means), axes.get_ylim()[1]
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest - 0.05 * (highest - lowest)))
     low, high = axes.get_ylim()
     place, letter = float("-inf"), 0.065 * (high - low)
     for target in sorted(targets):

@@ -25,7 +25,9 @@ _SEED: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 1.6, "mar
 
 
 @style.styled()
-def rows(values: pd.DataFrame, measure: str, over: str = "", from_zero: bool = False) -> style.CaptionedFigure:
+def rows(
+    values: pd.DataFrame, measure: str, over: str = "", from_zero: bool = False, published_of: str = ""
+) -> style.CaptionedFigure:
     """Draw a published table, a row of it per line.
 
     Args:
@@ -36,6 +38,7 @@ def rows(values: pd.DataFrame, measure: str, over: str = "", from_zero: bool = F
         measure: what the values are, with their unit.
         over: what was varied, which stands before each step of it; empty: the steps say it.
         from_zero: whether the axis begins at 0, where only ratios compare.
+        published_of: what the published values are of; empty: of the same as the others.
 
     Returns:
         a figure as wide as one column.
@@ -70,8 +73,10 @@ def rows(values: pd.DataFrame, measure: str, over: str = "", from_zero: bool = F
     if from_zero:
         axes.set_xlim(left=0)
     axes.set_xlabel(measure)
-    _legend(figure, values)
+    _legend(figure, values, f"published ({published_of})" if published_of else "published")
     figure.caption = _caption(values, each, lines, measure)
+    if published_of and values["published"].any():
+        figure.caption += f" Published values are of {published_of}, so that only order and differences compare."
     return figure
 
 
@@ -123,7 +128,7 @@ def _label(axes: Axes, labels: list[tuple[float, str, bool]]) -> None:
             axes.text(0.01, place, text, transform=where, fontsize=_SIZE, fontweight="bold", va="center")
 
 
-def _legend(figure: style.CaptionedFigure, values: pd.DataFrame) -> None:
+def _legend(figure: style.CaptionedFigure, values: pd.DataFrame, published: str) -> None:
     """Say what the symbols are, those that there are."""
     plain: dict[str, Any] = {"color": "black", "linestyle": "", "markersize": 3.6}
     handles = {"mean over seeds": Line2D([], [], marker="o", **plain)}
@@ -132,7 +137,7 @@ def _legend(figure: style.CaptionedFigure, values: pd.DataFrame) -> None:
     if values["deviation"].isna().any():
         handles["one seed"] = Line2D([], [], color="black", **_SEED)
     if values["published"].any():
-        handles["published"] = Line2D([], [], marker="D", markerfacecolor="white", **plain)
+        handles[published] = Line2D([], [], marker="D", markerfacecolor="white", **plain)
     for row, method in values.loc[values["line"], ["row", "method"]].drop_duplicates().itertuples(index=False):
         handles[str(row)] = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=_dashes(method))
     style.legend(figure, list(handles.values()), list(handles))

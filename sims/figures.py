@@ -1,7 +1,8 @@
 """Draw the tables of the committed results, from the numbers committed with them: ``python -m sims.figures``.
 
 ``python -m sims.figures NAME FOLDER`` first takes the results of ``fedkd reproduce --out FOLDER`` over into the page
-``docs/results/NAME.md``: its tables, and the numbers beside it.  What the page says of them stays to be read again.
+``docs/results/NAME.md``: its tables, the numbers beside it and, where the page shows ``docs/figures/NAME.png``, the
+figure by round.  What the page says of them stays to be read again.
 
 ``docs/results/runs/NAME.csv`` holds what ``runs.csv`` of the table on the page ``docs/results/NAME.md`` holds, as far
 as it is on record; where what published values are compared with is known as means over seeds only, those are in
@@ -58,7 +59,7 @@ def take(name: str, folder: Path, docs: Path = DOCS) -> None:
 
     Args:
         name: of the page.
-        folder: where ``fedkd reproduce`` wrote them, at scale ``cpu``.
+        folder: where ``fedkd reproduce`` wrote them, and its figures, at scale ``cpu``.
         docs: whose ``results`` the page is one of.
 
     Raises:
@@ -71,15 +72,18 @@ def take(name: str, folder: Path, docs: Path = DOCS) -> None:
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; a folder of `fedkd reproduce` is wanted") from error
     (experiment,) = (Experiment.read(known, SCALES[1]) for known, path in pages(docs).items() if path == page)
-    column = experiment.compared if experiment.best_rounds > 1 else "last"
-    made = made[["row", "seed", column, "digest"]].assign(digest=made["digest"].str[:8])
-    for table in [*_TABLE.findall(written), _by_seed(experiment, made, column)]:
+    wanted = dict.fromkeys(["row", "seed", "last", experiment.compared, "reached", "digest"])
+    made = made[[name for name in wanted if name in made]].assign(digest=made["digest"].str[:8])
+    for table in [*_TABLE.findall(written), _by_seed(experiment, made, experiment.score)]:
         head = "|".join(table.split("|")[:3])  # what its first two columns are called
         found = [other for other in _TABLE.findall(text) if other.startswith(head)]
         if len(found) != 1:
             raise UserError(f"{page}: has {len(found)} tables that begin with `{head}|`, and one is to be replaced")
         text = text.replace(found[0], table)
     page.write_text(text, encoding="utf-8")
+    if f"(../figures/{name}.png)" in text and not experiment.over:
+        drawn = "newcomers" if experiment.adapt_epochs else "convergence"
+        shutil.copyfile(folder / f"{drawn}.png", docs / "figures" / f"{name}.png")
     made.to_csv(page.parent / "runs" / f"{name}.csv", index=False, float_format="%.2f")
 
 

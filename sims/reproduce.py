@@ -78,7 +78,7 @@ class Experiment:
         title: what it is.
         scale: one of :data:`SCALES`.
         metric: column of :func:`fedkd.metrics.by_round`: ``mean`` (clients equal) or ``weighted`` (by test examples).
-        best_rounds: how many best rounds of each seed are averaged.
+        best_rounds: how many best rounds of each seed are averaged, as published values are; 0: those are of the last.
         last_rounds: how many last evaluated rounds are averaged, beside the last one, where single rounds swing.
         log: names of the clients' logged figures that the table shows, each client's last one, mean over clients, or
             ``milliseconds``: of a client's local training, the median of all.
@@ -89,6 +89,9 @@ class Experiment:
         over: the settings over which the rows are repeated, each with its name in the table; empty: they are not.
         over_label: what is varied then, in figures.
         seeds: those that are run where no others are asked for.
+        target: an accuracy in %, for which the table says in which round each row reaches it first; 0: for none.
+        curves: names of the rows that are drawn round by round; empty: all.
+        published_of: what published values are of where that is not what this scale makes; empty: the same.
         not_measured: why the project has no results of it; empty: it has.
     """
 
@@ -105,6 +108,9 @@ class Experiment:
     over: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
     over_label: str = ""
     seeds: Sequence[int] = (1, 2, 3)
+    target: float = 0
+    curves: Sequence[str] = ()
+    published_of: str = ""
     not_measured: str = ""
 
     @classmethod
@@ -129,7 +135,7 @@ class Experiment:
             title=raw["title"],
             scale=scale,
             metric=raw["metric"],
-            best_rounds=raw.get("best-rounds", 1),
+            best_rounds=raw.get("best-rounds", 0),
             last_rounds=raw.get("last-rounds", 1),
             log=raw.get("log", []),
             settings=raw["settings"] | raw["scales"][scale],
@@ -142,15 +148,26 @@ class Experiment:
             over=raw.get("over", {}),
             over_label=raw.get("over-label", ""),
             seeds=raw.get("seeds", cls.seeds),
+            target=raw.get("target", cls.target),
+            curves=raw.get("curves", cls.curves),
+            published_of=raw.get("published-of", {}).get(scale, "full size" if scale == SCALES[0] else ""),
             not_measured=raw.get("not-measured", ""),
         )
 
     @property
     def compared(self) -> str:
-        """What a published value is compared with: ``milliseconds``, ``best_K``, mean of K best rounds, or ``last``."""
-        if "milliseconds" in self.log:
-            return "milliseconds"
-        return f"best_{self.best_rounds}" if self.best_rounds > 1 else "last"
+        """What a published value is compared with: ``milliseconds``, or what :attr:`score` is."""
+        return "milliseconds" if "milliseconds" in self.log else self.score
+
+    @property
+    def score(self) -> str:
+        """Which accuracy of a run is the one that counts: ``last``, ``best`` or ``best_K``, of K rounds."""
+        return {0: "last", 1: "best"}.get(self.best_rounds, f"best_{self.best_rounds}")
+
+    @property
+    def step(self) -> str:
+        """What an evaluation is after."""
+        return "epoch" if self.adapt_epochs else "round"
 
     def flat(self, row: Row, seed: int, overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Return the settings of one run."""
@@ -354,18 +371,27 @@ def _curves(experiment: Experiment, row: Row, runs: Runs) -> list[Floats]:
 
 def _best(experiment: Experiment, curve: Floats) -> Floats:
     """Return the best rounds of a seed, as many as are averaged."""
-    best: Floats = curve[curve.argsort()[-experiment.best_rounds :]]
+    best: Floats = curve[curve.argsort()[-max(experiment.best_rounds, 1) :]]
     return best
+
+
+def _reached(experiment: Experiment, row: Row, runs: Runs) -> list[float]:
+    """Return, per seed, the evaluated round that first has the accuracy that is asked for; NaN where none has."""
+    from fedkd.metrics import by_round, rounds_to
+
+    curves = [by_round(run.evaluations, row.score)[experiment.metric] for run in runs[row.name]]
+    return [float(rounds_to(curve, experiment.target / 100) or "nan") for curve in curves]
 
 
 def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
     """Return the table, a line per row; accuracies in % of the clients' own test data.
 
     Columns: ``row``, ``published``, ``first`` (epoch, of newcomers: what they are given), ``last`` (round), ``tail``
-    (mean of the ``last_rounds`` last), ``best`` (round, or mean of the ``best_rounds`` best), ``worst`` (tenth of the
-    clients) and ``deviation`` (over clients) at the last round, the logged figures, ``seeds``; ``*_std`` are sample
-    deviations over seeds (NaN for one), but that of several best rounds is the deviation of all of them, as FedGen's
-    tables have it.
+    (mean of the ``last_rounds`` last), ``best`` (round, or mean of the ``best_rounds`` best), ``reached`` (round that
+    first has the ``target``, where there is one; NaN unless every seed reaches it), ``worst`` (tenth of the clients)
+    and ``deviation`` (over clients) at the last round, the logged figures, ``seeds``; ``*_std`` are sample deviations
+    over seeds (NaN for one), but that of several best rounds is the deviation of all of them, as FedGen's tables have
+    it.
     """
     import numpy as np
     import pandas as pd
@@ -386,7 +412,9 @@ def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
             line["first"], line["first_std"] = over_seeds([curve[0] for curve in curves])
         line["last"], line["last_std"] = over_seeds([curve[-1] for curve in curves])
         line["tail"], line["tail_std"] = over_seeds([curve[-experiment.last_rounds :].mean() for curve in curves])
-        line["best"], line["best_std"] = over_seeds(best) if experiment.best_rounds == 1 else pooled
+        line["best"], line["best_std"] = pooled if experiment.best_rounds > 1 else over_seeds(best)
+        if experiment.target:
+            line["reached"], line["reached_std"] = over_seeds(_reached(experiment, row, runs))
         last = [fairness(100 * _last(run)[row.score].to_numpy(dtype=float)) for run in runs[row.name]]
         line["worst"], line["worst_std"] = over_seeds([figures["worst_decile"] for figures in last])
         line["deviation"], line["deviation_std"] = over_seeds([figures["deviation"] for figures in last])
@@ -413,13 +441,13 @@ def _logged(run: Run, name: str) -> float:
 
 
 def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
-    """Return the paired differences of rows, seed by seed, in percentage points.
+    """Return the paired differences of rows, seed by seed, in percentage points, milliseconds or rounds.
 
-    Columns: ``row``, ``against``, ``of`` (the mean of the ``best_rounds`` best, where there are several, the last
-    round, and the mean of the ``last_rounds`` last), ``difference`` and its sample deviation over seeds, ``p`` of the
-    paired t-test (NaN for one seed), ``corrected`` (p after Holm's correction over all rows that are compared with the
-    same one, at all steps of what a table is over), ``higher`` (seeds in which the row is above the other) and
-    ``seeds``.
+    Columns: ``row``, ``against``, ``of`` (what published values are of, the last round, the mean of the ``last_rounds``
+    last, and the round that first has the ``target``, where every seed reaches it), ``difference`` and its sample
+    deviation over seeds, ``p`` of the paired t-test (NaN for one seed), ``corrected`` (p after Holm's correction over
+    all rows that are compared with the same one, at all steps of what a table is over), ``higher`` (seeds in which the
+    row is above the other) and ``seeds``.
     """
     import pandas as pd
 
@@ -433,6 +461,8 @@ def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
             mine, theirs = _scores(experiment, row, runs), _scores(experiment, other, runs)
             for of in mine:
                 values = [one - another for one, another in zip(mine[of], theirs[of], strict=True)]
+                if any(value != value for value in values):  # a seed that never reaches the target
+                    continue
                 mean, deviation = over_seeds(values)
                 line: dict[str, Any] = {"row": row.label, "against": other.label, "of": of}
                 line |= {"difference": mean, "difference_std": deviation, "p": p_value(values), "corrected": 0.0}
@@ -446,21 +476,37 @@ def differences(experiment: Experiment, runs: Runs) -> pd.DataFrame:
 
 
 def _scores(experiment: Experiment, row: Row, runs: Runs) -> dict[str, list[float]]:
-    """Return a row's accuracy in % by seed: of the best rounds if they are several, the last one, and the last ones."""
-    curves = _curves(experiment, row, runs)
+    """Return what of a row is compared, by seed: what published values are of, and its accuracies in %."""
+    curves, step = _curves(experiment, row, runs), experiment.step
     found = {}
-    if (best := experiment.best_rounds) > 1:
-        found[f"best {best} rounds"] = [float(_best(experiment, curve).mean()) for curve in curves]
-    found["last round"] = [float(curve[-1]) for curve in curves]
+    if experiment.compared == "milliseconds":
+        found["milliseconds"] = [_logged(run, "milliseconds") for run in runs[row.name]]
+    if experiment.best_rounds:
+        found[_best_of(experiment)] = [float(_best(experiment, curve).mean()) for curve in curves]
+    found[f"last {step}"] = [float(curve[-1]) for curve in curves]
     if (last := experiment.last_rounds) > 1:
-        found[f"last {last} rounds"] = [float(curve[-last:].mean()) for curve in curves]
+        found[f"last {last} {step}s"] = [float(curve[-last:].mean()) for curve in curves]
+    if experiment.target:
+        found[_rounds_to(experiment)] = _reached(experiment, row, runs)
     return found
+
+
+def _best_of(experiment: Experiment) -> str:
+    """Name the best round, or several."""
+    best = experiment.best_rounds
+    return f"best {best} {experiment.step}s" if best > 1 else f"best {experiment.step}"
+
+
+def _rounds_to(experiment: Experiment) -> str:
+    """Name the round that first has the accuracy that is asked for."""
+    return f"rounds to {experiment.target:g} %"
 
 
 def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
     """Return row, seed, accuracy at the last and at the best round (%) and digest of every run.
 
-    Where a published value is compared with something else, that stands between them (:attr:`Experiment.compared`).
+    Between them stands what a published value is compared with, where that is something else
+    (:attr:`Experiment.compared`), and the round ``reached`` that first has the ``target``, where there is one.
     """
     import pandas as pd
 
@@ -471,10 +517,16 @@ def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
             "last": round(float(curve[-1]), 4),
             "best": round(float(curve.max()), 4),
             experiment.compared: round(_compared(experiment, run, curve), 4),
+            **({"reached": reached} if experiment.target else {}),
             "digest": run.digest(),
         }
         for row in experiment.rows
-        for run, curve in zip(runs[row.name], _curves(experiment, row, runs), strict=True)
+        for run, curve, reached in zip(
+            runs[row.name],
+            _curves(experiment, row, runs),
+            _reached(experiment, row, runs) if experiment.target else runs[row.name],
+            strict=True,
+        )
     )
 
 
@@ -520,6 +572,7 @@ def side_by_side(experiment: Experiment, made: pd.DataFrame, column: str = "") -
         _measure(experiment, column),
         over=experiment.over_label,
         from_zero=column == "milliseconds",
+        published_of=experiment.published_of,
     )
 
 
@@ -536,8 +589,7 @@ def _measure(experiment: Experiment, column: str) -> str:
     """Return what a column of a table is, with its unit."""
     if column == "milliseconds":
         return "local training (milliseconds)"
-    step = "epoch" if experiment.adapt_epochs else "round"
-    return f"accuracy in %, {f'last {step}' if column == 'last' else f'best {experiment.best_rounds} {step}s'}"
+    return f"accuracy in %, {f'last {experiment.step}' if column == 'last' else _best_of(experiment)}"
 
 
 def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
@@ -561,13 +613,13 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
         path.write_text(content, encoding="utf-8")
     own = [(row, run) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
     trained = [(row, run) for row, run in own if not (experiment.adapt_epochs and row.method == "local")]
-    drawn = [Run(run.folder, row.label) for row, run in trained]
+    drawn = [Run(run.folder, row.label) for row, run in trained if row.name in (experiment.curves or row.name)]
     if experiment.over:
         figures = {"over": over(experiment, made)}
     else:
         column: Column = "weighted" if experiment.metric == "weighted" else "accuracy"  # as published values are
         figures = {
-            "convergence": convergence(drawn, "round", column, _targets(experiment)),
+            "convergence": convergence(drawn, "round", column, _targets(experiment), settled=True),
             "fairness": fairness(drawn),
         }
     figures["rows"] = side_by_side(experiment, made)
@@ -576,7 +628,7 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     if experiment.adapt_epochs:
         figures["newcomers"] = _newcomers([(row.label, run) for row, run in own if isinstance(run, Adapted)])
     if any(row.score == "global" for row in experiment.rows) and not experiment.over:
-        figures["convergence-global"] = convergence(drawn, column="global")
+        figures["convergence-global"] = convergence(drawn, column="global", settled=True)
     for name, figure in figures.items():
         files |= dict.fromkeys(style.save(figure, out / name), "")
     return list(files)
@@ -586,7 +638,8 @@ def _targets(experiment: Experiment) -> list[float]:
     """Return the published accuracies in [0, 1] of what is drawn round by round, if they are few enough to read."""
     from plots.rows import number
 
-    found = sorted({number(row.published)[0] / 100 for row in experiment.rows if row.published})
+    shown = [row for row in experiment.rows if row.published and row.name in (experiment.curves or row.name)]
+    found = sorted({number(row.published)[0] / 100 for row in shown})
     of_rounds = not (experiment.over or experiment.adapt_epochs) and experiment.compared != "milliseconds"
     return found if of_rounds and len(found) <= 3 else []
 
@@ -630,7 +683,6 @@ def over(experiment: Experiment, made: pd.DataFrame) -> CaptionedFigure:
 
 _HEADINGS = {
     "first": "epoch 0",
-    "last": "last round",
     "worst": "worst tenth",
     "deviation": "deviation over clients",
     "against": "minus",
@@ -646,12 +698,15 @@ def _text(experiment: Experiment, frame: pd.DataFrame) -> list[list[str]]:
     """Return the lines of a table as text, headings first, ``mean ± deviation`` in one cell."""
     hidden = {"worst", "deviation"} if experiment.best_rounds > 1 else set()
     if experiment.last_rounds == 1:
-        hidden |= {"tail"} if experiment.best_rounds > 1 else {"tail", "of"}
-    of_epochs = {"last": "last epoch", "best": "best epoch"} if experiment.adapt_epochs else {}
+        hidden.add("tail")
+    if "of" in frame and frame["of"].nunique() == 1:
+        hidden.add("of")
     headings = _HEADINGS | {
-        "best": f"best {experiment.best_rounds} rounds" if experiment.best_rounds > 1 else "best round",
-        "tail": f"last {experiment.last_rounds} rounds",
-        **of_epochs,
+        "last": f"last {experiment.step}",
+        "best": _best_of(experiment) if experiment.best_rounds else f"best {experiment.step}",
+        "tail": f"last {experiment.last_rounds} {experiment.step}s",
+        "reached": _rounds_to(experiment),
+        "published": f"published ({experiment.published_of})" if experiment.published_of else "published",
     }
     columns = [name for name in frame.columns if not name.endswith("_std") and name not in hidden]
     lines = [[headings.get(name, name) for name in columns]]

@@ -39,6 +39,9 @@ TABLE_KEYS = {
     "over",
     "over-label",
     "seeds",
+    "target",
+    "curves",
+    "published-of",
     "not-measured",
 }
 ROW_KEYS = {"label", "method", "settings", "runs", "score", "control", "against", "published", "scales"}
@@ -96,12 +99,15 @@ def test_smoke_needs_no_data_and_no_patience(name: str) -> None:
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
 def test_files_say_what_is_read(paper: Path) -> None:
     """A misspelt key would be passed over in silence."""
-    tables = reproduce._read(paper / "experiment.toml")
+    raw = reproduce._read(paper / "experiment.toml")
+    tables = {name: reproduce._table(raw, name) for name in raw}
     for table in tables.values():
         assert set(table) <= TABLE_KEYS | {"settings", "scales", "rows"}
         for row in table.get("rows", {}).values():
             assert set(row) <= ROW_KEYS
             assert set(row.get("scales", ())) <= set(table["scales"])
+        assert set(table.get("curves", ())) <= set(table["rows"])
+        assert set(table.get("published-of", ())) <= set(table["scales"])
     text = (paper / "README.md").read_text(encoding="utf-8")
     for table in tables:
         assert f"{paper.name}/{table}" in text
@@ -123,7 +129,8 @@ def test_published_numbers_have_sources_and_rows_find_theirs(paper: Path) -> Non
         assert re.fullmatch(r"\d+\.\d+( ± \d+\.\d+)?", number["value"])
     places = [(number["table"], number["row"], number["column"]) for number in numbers]
     assert len(set(places)) == len(places)
-    for table in reproduce._read(paper / "experiment.toml").values():
+    raw = reproduce._read(paper / "experiment.toml")
+    for table in (reproduce._table(raw, name) for name in raw):
         named = {row.get("published") for row in table.get("rows", {}).values()} - {None}
         here = {row for t, row, column in places if (t, column) == _column(table)}
         assert named <= here
@@ -388,7 +395,7 @@ def test_differences_are_of_what_published_values_are_compared_with_first(tmp_pa
 def test_rounding_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """A seed in which a row is not above another but by what a mean is rounded to does not count."""
     rows = [row for row in Experiment.read("fedgen/table2").rows if row.name in ("fedavg", "widths-64-256")]
-    table = dataclasses.replace(Experiment.read("fedgen/table2"), rows=rows, best_rounds=1, last_rounds=1)
+    table = dataclasses.replace(Experiment.read("fedgen/table2"), rows=rows, best_rounds=0, last_rounds=1)
     curves = {"fedavg": [50.0, 60.0, 70.0], "widths-64-256": [50.0 + 1e-12, 61.0, 70.0]}
     monkeypatch.setattr(
         reproduce, "_curves", lambda table, row, runs: [np.array([value]) for value in curves[row.name]]
@@ -493,7 +500,7 @@ def test_a_table_takes_over_what_it_is_like() -> None:
     assert [row.name for row in two.rows] == ["global", "after", "mixed", "more"]
     assert [row.name for row in Experiment.read("example/one", "cpu").rows][-1] == "late"
     assert two.settings == {**one.settings, "train.lr": 0.5}
-    assert (one.best_rounds, two.best_rounds) == (1, 2)
+    assert (one.best_rounds, two.best_rounds) == (0, 2)
     assert two.title == "Another example"
 
 
@@ -589,12 +596,72 @@ def test_several_best_rounds_are_pooled_over_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("example")
+def test_the_round_that_first_has_an_accuracy_is_compared_where_every_seed_has_it(tmp_path: Path) -> None:
+    """In the table, by seed and as paired differences; a row that does not get there has none."""
+    one = Experiment.read("example/one", "smoke")
+    made = reproduce.reproduce(one, {}, [1, 2], tmp_path, jobs=1)
+    curves = {row: [_curve(tmp_path / f"{row}-s{n}", "personal") for n in (1, 2)] for row in ("after", "mixed")}
+    target = float(min(curve.max() for row in curves.values() for curve in row))
+    first = {row: [1 + int(np.argmax(curve >= target)) for curve in found] for row, found in curves.items()}
+    aimed = dataclasses.replace(one, target=target)
+    frame = reproduce.table(aimed, made).set_index("row")
+    assert frame["reached"]["APFL"] == np.mean(first["mixed"])
+    heading = f"rounds to {target:g} %"
+    assert heading in reproduce._text(aimed, frame.reset_index())[0]
+    seeds = reproduce.digests(aimed, made).set_index(["row", "seed"])["reached"]
+    assert [seeds["mixed", 1], seeds["mixed", 2]] == first["mixed"]
+    paired = reproduce.differences(aimed, made)
+    [line] = paired[(paired["row"] == "APFL") & (paired["of"] == heading)].to_dict("records")
+    assert line["difference"] == np.mean(np.subtract(first["mixed"], first["after"]))
+    never = dataclasses.replace(one, target=100.0)
+    assert reproduce.table(never, made)["reached"].isna().all()
+    assert set(reproduce.differences(never, made)["of"]) == {"last round"}
+
+
+@pytest.mark.usefixtures("example")
+def test_a_table_whose_published_values_are_best_rounds_compares_those_first(tmp_path: Path) -> None:
+    """And the last round beside them, in the figure as in the differences."""
+    one = dataclasses.replace(Experiment.read("example/one", "smoke"), best_rounds=1)
+    made = reproduce.reproduce(one, {}, [1, 2], tmp_path, jobs=1)
+    assert one.compared == "best"
+    paired = reproduce.differences(one, made)
+    assert list(dict.fromkeys(paired["of"])) == ["best round", "last round"]
+    frame, found = reproduce.table(one, made), reproduce.digests(one, made)
+    assert list(found.columns) == ["row", "seed", "last", "best", "digest"]
+    figure = reproduce.side_by_side(one, found)
+    assert figure.axes[0].get_xlabel() == "accuracy in %, best round"
+    assert figure.numbers["x"].tolist() == pytest.approx(frame["best"].tolist(), abs=1e-4)
+
+
+def test_what_published_values_are_of_is_said_where_it_is_something_else(tmp_path: Path) -> None:
+    """In the table's heading, in the legend and in the caption."""
+    wide = Experiment.read("fedgen/table2")
+    assert [Experiment.read("fedgen/table1", scale).published_of for scale in ("smoke", "cpu")] == ["full size", ""]
+    values = pd.DataFrame({"row": [row.name for row in wide.rows], "seed": 1, "best_5": 70.0})
+    figure = reproduce.side_by_side(wide, values)
+    assert "published (EMNIST)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "Published values are of EMNIST" in figure.caption
+    assert reproduce._text(wide, pd.DataFrame({"row": ["a"], "published": ["1"]}))[0] == ["row", "published (EMNIST)"]
+
+
+def test_a_table_draws_the_curves_that_it_names(tmp_path: Path) -> None:
+    """All of thirteen cannot be told apart; the lines begin near where they have settled."""
+    table = dataclasses.replace(Experiment.read("fedgen/table1", "smoke"), curves=["fedavg", "fedgen-no-kl"], target=0)
+    rows = [row for row in table.rows if row.name in ("fedavg", "fedgen-no-kl", "fedavg-lr01", "local")]
+    table = dataclasses.replace(table, rows=[dataclasses.replace(row, against=()) for row in rows])
+    reproduce.write(table, reproduce.reproduce(table, {}, [1], tmp_path, jobs=1), tmp_path)
+    drawn = pd.read_csv(tmp_path / "convergence.csv")
+    assert list(dict.fromkeys(drawn["series"])) == ["FedAvg, lr 0.01", "FedGen without the code-only KL term"]
+
+
+@pytest.mark.usefixtures("example")
 def test_the_time_of_local_training_is_the_median_over_all_participations(tmp_path: Path) -> None:
     """In milliseconds, beside the figures that clients log themselves."""
     one = Experiment.read("example/one", "smoke")
     (run,) = reproduce.reproduce(one, {}, [1], tmp_path, jobs=1)["after"]
     expected = 1000 * np.median([row["seconds"] for row in run.rows("clients")])
     timed, runs = dataclasses.replace(one, log=["milliseconds"]), {row.name: [run] for row in one.rows}
+    assert set(reproduce.differences(timed, runs)["of"]) == {"milliseconds", "last round"}
     frame = reproduce.table(timed, runs)
     assert frame["milliseconds"].tolist() == pytest.approx([expected] * len(one.rows))
     figure = reproduce.side_by_side(timed, reproduce.digests(timed, runs))
