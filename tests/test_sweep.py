@@ -18,7 +18,7 @@ from fedkd.method import names
 from fedkd.results import Run
 from plots.sweep import heatmap, setting
 from plots.tables import comparison
-from sims import inline, sweep
+from sims import cli, inline, sweep
 
 Command = Callable[..., int]
 OWN = ("run.rounds", "train.lr", "data.alpha")
@@ -132,6 +132,17 @@ def test_a_sweep_from_start_to_end(
     more = ["--over", "train.lr=0.05", "--over", "fedprox.mu=0.1,2", "--over", "data.alpha=0.1,0.5", "--seeds", "1"]
     assert fedkd("sweep", "fedprox", *more, *SMALL) == 0
     assert started[12:] == [f"fedprox-lr=0.05-mu={mu}-alpha={a}-s1" for mu, a in ((0.1, 0.5), (2, 0.1), (2, 0.5))]
+
+
+@pytest.mark.slow
+def test_the_example_of_the_help_runs(fedkd: Command, tmp_path: Path) -> None:
+    """As it stands there, with shorter training: also its most skewed data comes out for each seed."""
+    text = cli.sweep.__doc__ or ""
+    (words,) = (line.split()[1:] for line in text.splitlines() if line.strip().startswith("fedkd sweep fedgen"))
+    short = ["--rounds", "1", "--clients-per-round", "2", "--set", "train.local-steps=1", "--jobs", "1", "--out", "out"]
+    assert fedkd(*words, *short) == 0
+    skews = {run.config.data.alpha for run in _runs(tmp_path / "out")}
+    assert (skews, len(_runs(tmp_path / "out"))) == ({0.05, 0.1, 1.0}, 27)
 
 
 @pytest.mark.slow

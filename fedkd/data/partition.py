@@ -6,6 +6,7 @@ import contextlib
 import io
 import random
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,14 @@ import numpy.typing as npt
 from fedkd.config import DataSection
 from fedkd.errors import UserError
 
+if TYPE_CHECKING:
+    import datasets
+    from flwr_datasets import partitioner as flower
+
 Integers = npt.NDArray[np.int64]
+DRAWS = 990
+"""From so many draws flwr-datasets' Dirichlet split is chosen: 90 partitioners, each of which gives up after 11."""
+_DRAWS_OF_ONE = 11
 
 
 def partition(config: DataSection, labels: Integers, writers: Integers, clients: int, seed: int) -> list[Integers]:
@@ -59,12 +67,10 @@ def _through_flwr_datasets(
 
     columns = {"label": labels[positions], "position": positions}
     kind: flower.Partitioner
+    if config.partition == "dirichlet":
+        return _dirichlet(config, datasets.Dataset.from_dict(columns), clients, seed)
     if config.partition == "iid":
         kind = flower.IidPartitioner(num_partitions=clients)
-    elif config.partition == "dirichlet":
-        kind = flower.DirichletPartitioner(
-            clients, "label", alpha=config.alpha, min_partition_size=config.min_size, self_balancing=True, seed=seed
-        )
     elif config.partition == "pathological":
         kind = flower.PathologicalPartitioner(
             clients, "label", config.classes_per_client, class_assignment_mode="random", seed=seed
@@ -85,20 +91,65 @@ def _through_flwr_datasets(
     rows = datasets.Dataset.from_dict(columns)
     if config.partition == "iid":  # flwr-datasets cuts contiguous blocks
         rows = rows.shuffle(seed=seed)
-    kind.dataset = rows
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-            warnings.simplefilter("ignore")
-            parts = [kind.load_partition(client) for client in range(clients)]
+        parts = _parts(kind, rows, clients)
     except ValueError as error:
         raise UserError(
             f"data.partition = '{config.partition}' does not come out for {clients} clients and {len(positions)} "
-            f"examples ({str(error).splitlines()[0].rstrip('.')}); take fewer clients, a larger data.alpha or "
-            "a smaller data.min-size"
+            f"examples ({str(error).splitlines()[0].rstrip('.')}); take fewer clients or a smaller "
+            "data.classes-per-client"
         ) from error
     if config.partition == "natural":
         parts.sort(key=lambda part: int(part["writer"][0]))
-    return [np.sort(np.asarray(part["position"], dtype=np.int64)) for part in parts]
+    return [_positions(part) for part in parts]
+
+
+def _dirichlet(config: DataSection, rows: datasets.Dataset, clients: int, seed: int) -> list[Integers]:
+    """Deal out by flwr-datasets' Dirichlet split; where its draws leave a client with too little, begin it anew.
+
+    Its first partitioner has the run's seed, the n-th further one the first 64-bit word of
+    ``SeedSequence([seed, n])``: what comes out at once is flwr-datasets' own split of this seed.
+    """
+    from flwr_datasets import partitioner as flower
+
+    asked = f"data.min-size = {config.min_size} for each of {clients} clients"
+    if clients * config.min_size > len(rows):
+        raise UserError(
+            f"data.partition = 'dirichlet' does not come out: {asked} is more than the {len(rows)} examples to deal "
+            "out; take fewer clients or a smaller data.min-size"
+        )
+    for attempt in range(DRAWS // _DRAWS_OF_ONE):
+        derived = np.random.SeedSequence([seed, attempt]).generate_state(1, np.uint64)
+        kind = flower.DirichletPartitioner(
+            clients,
+            "label",
+            alpha=config.alpha,
+            min_partition_size=config.min_size,
+            self_balancing=True,
+            seed=int(derived[0]) if attempt else seed,
+        )
+        with contextlib.suppress(ValueError):  # it has given up
+            return [_positions(part) for part in _parts(kind, rows, clients)]
+    raise UserError(
+        f"data.partition = 'dirichlet' does not come out: with data.alpha = {config.alpha:g} none of {DRAWS} draws of "
+        f"{len(rows)} examples left {asked}; take fewer clients, a larger data.alpha or a smaller data.min-size"
+    )
+
+
+def _parts(kind: flower.Partitioner, rows: datasets.Dataset, clients: int) -> list[datasets.Dataset]:
+    """Return what a partitioner deals to each client.
+
+    Raises:
+        ValueError: the partitioner finds no split.
+    """
+    kind.dataset = rows
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        warnings.simplefilter("ignore")
+        return [kind.load_partition(client) for client in range(clients)]
+
+
+def _positions(part: datasets.Dataset) -> Integers:
+    return np.sort(np.asarray(part["position"], dtype=np.int64))
 
 
 def fedgen_partition(
