@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 
 from sims.follow import Figures, Follower, alongside
 
 INTERVAL, LINE_EVERY = 0.3, 10.0
 MOST_BARS = 12
 """From more runs than this on, only those that are running have a bar."""
+WIDE = 110
+"""Columns that bar, times and figures in words take beside the name of a run; narrower consoles get a table."""
 
 
 @dataclass
@@ -51,15 +55,13 @@ class Watched:
         for done, figures in self._follower.new():
             self.done, self.figures = done, self.figures | figures
 
+    def shown(self) -> dict[str, str]:
+        """Return the figures of the display as text, by name; an empty one where the round had none."""
+        return {name: text(self.figures[name]) if name in self.figures else "" for name, text in _TEXTS.items()}
+
     def status(self) -> str:
         """Return loss, mean accuracy and that of the worst tenth, bytes so far, and how many clients were sampled."""
-        if self.done == 0:
-            return "starting"
-        now = self.figures
-        parts = [f"loss {now['loss']:.3f}"] if "loss" in now else []
-        if "accuracy" in now:
-            parts += [f"accuracy {now['accuracy']:.1%}", f"worst tenth {now['worst_decile']:.1%}"]
-        return "  ".join([*parts, _bytes(now["bytes"]), f"{now['clients']:.0f} clients"])
+        return "  ".join(_WORDS[name].format(text) for name, text in self.shown().items() if text)
 
     @property
     def left(self) -> float:
@@ -93,23 +95,49 @@ def watching(runs: Sequence[Watched], console: Console, at_once: int = 1) -> Ite
         yield
 
 
+class _Headed(Progress):
+    """A display with headings, for consoles without the room to say in each line what its figures are."""
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        table = super().make_tasks_table(tasks)
+        table.show_header = True
+        return table
+
+
+def _display(console: Console, longest: int) -> Progress:
+    """Return the display that fits: a line of words per run, or a table without bar and elapsed time.
+
+    Args:
+        console: where.
+        longest: characters of the longest name of a run.
+    """
+    name = "{task.description}"
+    if console.width >= WIDE + longest:
+        words = (TextColumn("{task.fields[left]}"), TextColumn("{task.fields[status]}"))
+        first = TextColumn(name, markup=False)
+        return Progress(first, BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn(), *words, console=console)
+    headings = {"left": "", "worst_decile": "worst tenth"}
+
+    def right(key: str) -> Column:
+        return Column(headings.get(key, key), justify="right", no_wrap=True)
+
+    figures = [
+        TextColumn(f"{{task.fields[{key}]}}", justify="right", table_column=right(key)) for key in ("left", *_TEXTS)
+    ]
+    run = TextColumn(name, markup=False, table_column=Column("run", overflow="fold"))  # a long name takes two lines
+    return _Headed(run, MofNCompleteColumn(table_column=right("round")), *figures, console=console)
+
+
 def _bars(runs: Sequence[Watched], console: Console, at_once: int, stop: threading.Event) -> None:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[status]}"),
-    )
     few = len(runs) <= MOST_BARS
-    with Progress(*columns, console=console) as progress:
+    none: dict[str, Any] = dict.fromkeys(("status", *_TEXTS), "")
+    with _display(console, max(len(run.label) for run in runs)) as progress:
         tasks = [
-            progress.add_task(run.label, total=run.rounds, status="waiting", left="", start=False, visible=few)
+            progress.add_task(run.label, total=run.rounds, left="waiting", start=False, visible=few, **none)
             for run in runs
         ]
         total = sum(run.rounds for run in runs)
-        whole = progress.add_task("all rounds", total=total, status="", left="", visible=len(runs) > 1)
+        whole = progress.add_task("all rounds", total=total, left="", visible=len(runs) > 1, **none)
         while True:
             ended = stop.wait(INTERVAL)
             for run, task in zip(runs, tasks, strict=True):
@@ -117,15 +145,19 @@ def _bars(runs: Sequence[Watched], console: Console, at_once: int, stop: threadi
                     progress.start_task(task)
                     run.update()
                     going = run.done < run.rounds
-                    progress.update(
-                        task, completed=run.done, status=run.status(), left=_left(run.left), visible=few or going
-                    )
+                    figures = {**none, "left": "starting"}
+                    if run.done:
+                        figures = {"left": _left(run.left), "status": run.status(), **run.shown()}
+                    progress.update(task, completed=run.done, visible=few or going, **figures)
                     if not going:
                         progress.stop_task(task)
-            finished = sum(run.done == run.rounds for run in runs)
-            said = f"{finished} of {len(runs)} runs finished"
+            finished = f"{sum(run.done == run.rounds for run in runs)} of {len(runs)}"
             progress.update(
-                whole, completed=sum(run.done for run in runs), left=_left(all_left(runs, at_once)), status=said
+                whole,
+                completed=sum(run.done for run in runs),
+                description=f"{finished} done" if isinstance(progress, _Headed) else "all rounds",
+                left=_left(all_left(runs, at_once)),
+                status=f"{finished} runs finished",
             )
             if ended:
                 return
@@ -156,7 +188,23 @@ def _left(seconds: float) -> str:
 def _bytes(count: float) -> str:
     """Write a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
+        if count < 999.5:  # from there on three digits would be those of the next unit
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+_TEXTS: dict[str, Callable[[float], str]] = {
+    "loss": "{:.3f}".format,
+    "accuracy": "{:.1%}".format,
+    "worst_decile": "{:.1%}".format,
+    "bytes": _bytes,
+    "clients": "{:.0f}".format,
+}
+_WORDS = {
+    "loss": "loss {}",
+    "accuracy": "accuracy {}",
+    "worst_decile": "worst tenth {}",
+    "bytes": "{}",
+    "clients": "{} clients",
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -240,6 +241,42 @@ def test_the_progress_says_what_a_round_came_to(runs: list[Run]) -> None:
     both = [watched[0], waiting]
     assert all_left(both, 2) == pytest.approx(1.5 * figures["seconds"])
     assert "left" in line
+
+
+@pytest.mark.parametrize("width", [80, 100, 124, 200])
+def test_the_display_is_whole_on_ordinary_terminals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """Nothing is cut, and each run is a line: a table with headings where there is no room for a bar and words."""
+    figures = [
+        {"loss": 12.345, "accuracy": 1.0, "worst_decile": 0.834, "bytes": 123e6, "clients": 100.0, "seconds": 7800.0},
+        {"loss": 0.618, "accuracy": 0.912, "worst_decile": 0.071, "bytes": 1.23e9, "clients": 10.0, "seconds": 60.0},
+    ]
+    said = io.StringIO()
+    where = Console(file=said, width=width, force_terminal=True, color_system=None)
+    watched = [Watched(tmp_path / label, label, 200) for label in ("fedgen-s1", "fedavg_ft-s3")]
+    for run, now in zip(watched, figures, strict=True):
+        run.folder.mkdir()
+        (run.folder / "config.toml").touch()
+        monkeypatch.setattr(run, "update", lambda run=run, now=now: vars(run).update(done=120, figures=now))
+    (tmp_path / "later").mkdir()
+    with watching([*watched, Watched(tmp_path / "later", "local-s1", 200)], where):
+        pass
+    *_, last = said.getvalue().replace("\x1b[?25h", "").split("\x1b[2K")
+    heading, *lines = last.splitlines() if width < 120 else ["", *last.splitlines()]
+    assert max(map(len, [heading, *lines])) <= width
+    assert "…" not in last
+    figures_of = [
+        r"fedgen-s1 .*120/200 .*1:26:40 left .*12\.345 .*100\.0% .*83\.4% .*123 MB .*100\b",
+        r"fedavg_ft-s3 .*120/200 .*0:00:40 left .*0\.618 .*91\.2% .*7\.1% .*1\.23 GB .*10\b",
+        r"local-s1 .*0/200 .*waiting",
+        r".*240/600 .* left",
+    ]
+    for expected, line in zip(figures_of, lines, strict=False):
+        assert re.match(expected, line)
+    assert "0 of 3" in lines[3]
+    for name in ("loss", "accuracy", "worst tenth", "clients"):
+        assert name in (heading or lines[0])
 
 
 def test_bars_of_many_runs_show_only_those_that_go(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
