@@ -732,7 +732,8 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def _latex(lines: Sequence[Sequence[str]]) -> str:
     """Write a tabular for the booktabs package."""
-    escaped = [[cell.replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$") for cell in row] for row in lines]
+    marks = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "<": "$<$", ">": "$>$"})
+    escaped = [[cell.translate(marks) for cell in row] for row in lines]
     body = [f"{' & '.join(row)} \\\\" for row in escaped]
     columns = "".join("l" if heading in _WORDS else "r" for heading in lines[0])
     parts = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", body[0], "\\midrule", *body[1:], "\\bottomrule"]

@@ -371,6 +371,13 @@ def test_a_table_from_start_to_end(
     assert capsys.readouterr().out == shown
 
 
+def test_signs_are_what_latex_prints() -> None:
+    """In text of its old encoding ``<`` is an inverted exclamation mark, and the others are commands."""
+    cells = [reproduce._cell("p", value, float("nan")) for value in (0.0004, 0.05)]
+    latex = reproduce._latex([["row", "p", "p, Holm"], ["A_1 & B > 5 %", *cells]])
+    assert r"A\_1 \& B $>$ 5 \% & $<$ 0.001 & 0.050 \\" in latex
+
+
 @pytest.mark.usefixtures("example")
 def test_differences_are_of_what_published_values_are_compared_with_first(tmp_path: Path) -> None:
     """Of the best rounds, the last one and the last ones, each corrected for the rows with the same comparison."""
