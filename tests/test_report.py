@@ -225,6 +225,26 @@ class TestBrowser:
         assert found == sorted(found)
         assert found[0] < found[1] < 0 < found[-1]  # as texts their order would be another
 
+    def test_what_claims_rest_on_is_to_be_read(self, opened: Page, runs: list[Run]) -> None:
+        """Under their heading: how they were tested, and in each line the seeds and the difference of every one."""
+        text = (
+            "[...document.querySelectorAll('h2')].find(h => h.textContent.startsWith('Claims')).nextSibling.innerText"
+        )
+        basis = opened.run(text)
+        assert "two runs with the same seed and the same clients" in basis
+        assert "paired t-test" in basis
+        headings = opened.run("[...document.querySelectorAll('#claims th')].map(cell => cell.innerText)")
+        lines = opened.run(
+            "[...document.querySelectorAll('#claims tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))"
+        )
+        shown = {(line[0], line[1]): dict(zip(headings, line, strict=True)) for line in lines}
+        expected = [claim for control in ("fedavg_ft", "local", "fedavg") for claim in claims(runs, control)]
+        assert len(shown) == len(lines) == len(expected)
+        for claim in expected:
+            mine = shown[claim.label, claim.control]
+            each = [f"{seed}: {value:+.2f}" for (seed, _), value in claim.differences.items()]
+            assert (mine["verdict"], mine["seeds"], mine["by seed"]) == (claim.verdict, "4", ", ".join(each))
+
     def test_a_method_is_switched_off_and_on_everywhere(self, opened: Page) -> None:
         shown = "[...document.querySelectorAll('[data-group=\"3\"]')].map(node => getComputedStyle(node).display)"
         others = shown.replace('"3"', '"2"')
