@@ -51,6 +51,13 @@ class EngineName(StrEnum):
     deployment = "deployment"
 
 
+class TableEngine(StrEnum):
+    """Where the runs of a published table happen: not on devices, which have data of their own."""
+
+    inline = "inline"
+    simulation = "simulation"
+
+
 class TrackerName(StrEnum):
     """Where each round is shown beside the terminal."""
 
@@ -340,12 +347,19 @@ def reproduce(
     show_list: Annotated[bool, typer.Option("--list", help="List the tables that can be made again.")] = False,
     scale: Annotated[str, typer.Option("--scale", help="smoke: a minute; cpu: as measured here; paper.")] = "cpu",
     root: RootOption = None,
+    engine: Annotated[
+        TableEngine,
+        typer.Option("--engine", help="inline: this machine; simulation: flwr run with Ray. The results are the same."),
+    ] = TableEngine.inline,
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Seeds, separated by commas. Default: the table's.")
     ] = None,
     settings: SetOption = None,
     out: Annotated[Path | None, _out("Folder. Default: runs/reproduce/ID/SCALE.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time. Default: the CPU cores.")] = None,
+    nodes: NodesOption = None,
+    cpus_per_node: CpusOption = None,
+    gpus_per_node: GpusOption = None,
+    jobs: JobsOption = None,
     track: TrackOption = None,
 ) -> None:
     """Make a published table again: the published value, ours and the controls beside each other, and the figures.
@@ -362,7 +376,7 @@ def reproduce(
       fedkd reproduce fedgen/table1 --root /data --jobs 4
     """
     from sims import reproduce as tables
-    from sims.launch import writable
+    from sims.launch import check_resources, writable
     from sims.simulation import default_nodes
 
     if name is None or show_list:
@@ -370,11 +384,24 @@ def reproduce(
             out_console.print(f"{known}: {tables.title(known)}", soft_wrap=True, highlight=False, markup=False)
         return
     experiment = tables.Experiment.read(name, scale)
+    check_resources(engine.value, cpus_per_node, gpus_per_node)
     folder = writable(out or Path("runs/reproduce") / experiment.name / scale)
     beside = [] if out else sorted(folder.parent.parent.glob(f"*/{scale}"))
     overrides = _flat({"data.root": root}, settings, [row.method for row in experiment.rows])
     chosen = experiment.seeds if seeds is None else _seeds(seeds)
-    runs = tables.reproduce(experiment, overrides, chosen, folder, jobs or default_nodes(), beside, track or "")
+    runs = tables.reproduce(
+        experiment,
+        overrides,
+        chosen,
+        folder,
+        jobs or default_nodes(),
+        beside,
+        track or "",
+        engine.value,
+        nodes,
+        cpus_per_node,
+        gpus_per_node,
+    )
     files = tables.write(experiment, runs, folder)
     out_console.print(f"{experiment.title} (scale {scale})", soft_wrap=True, highlight=False, markup=False)
     print((folder / "table.md").read_text(encoding="utf-8"))

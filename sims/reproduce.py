@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from plots.style import CaptionedFigure
+    from sims.launch import Engine
 
 HOME = Path(__file__).resolve().parent
 SCALES = ("smoke", "cpu", "paper")
@@ -279,6 +280,10 @@ def reproduce(
     jobs: int,
     beside: Sequence[Path] = (),
     track: str = "",
+    engine: Engine = "inline",
+    nodes: int | None = None,
+    cpus: int | None = None,
+    gpus: float | None = None,
 ) -> dict[str, list[Run]]:
     """Run what is missing of an experiment and return every row's runs, a run per seed.
 
@@ -287,9 +292,16 @@ def reproduce(
         overrides: settings that replace the experiment's (``data.root``, or fewer rounds for a trial).
         seeds: one run per row and seed.
         out: folder of the runs.
-        jobs: runs at a time.
+        jobs: inline runs at a time.
         beside: folders of other tables, whose finished runs are used where the settings are the same.
         track: where each round is shown as it ends (:mod:`sims.trackers`); empty: nowhere.
+        engine: ``inline`` or ``simulation``, with the same results; a published table deals its data out itself.
+        nodes: nodes of a run, as :func:`sims.launch.launch_all` takes them.
+        cpus: CPU cores that the simulation reserves for a node; None: one.
+        gpus: GPUs, or a share of one, that it reserves for a node; None: those there are, divided by the nodes.
+
+    Raises:
+        UserError: whatever is wrong with any of the runs, or what a node is to have is not there.
     """
     from sims.launch import launch_all, place_series, prepare
 
@@ -308,7 +320,7 @@ def reproduce(
                 if not finished:
                     waiting.append(config)
     if waiting:
-        launch_all(waiting, "inline", None, jobs, track=track)
+        launch_all(waiting, engine, nodes, jobs, cpus, gpus, track=track)
     opened = {name: [Run.open(folder) for folder in mine] for name, mine in folders.items()}
     if epochs := experiment.adapt_epochs:
         opened = {name: [_adapted(run, epochs, out / "newcomers") for run in mine] for name, mine in opened.items()}

@@ -371,6 +371,52 @@ def test_a_table_from_start_to_end(
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.usefixtures("example")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--jobs", "3"], ("inline", None, 3, None, None)),
+        (["--nodes", "2", "--jobs", "1"], ("inline", 2, 1, None, None)),
+        (
+            ["--engine", "simulation", "--nodes", "2", "--cpus-per-node", "1", "--gpus-per-node", "0", "--jobs", "1"],
+            ("simulation", 2, 1, 1, 0.0),
+        ),
+    ],
+)
+def test_the_engine_is_the_one_that_is_asked_for(
+    words: list[str], expected: tuple[object, ...], fedkd: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what its nodes are to have."""
+    asked: list[tuple[object, ...]] = []
+
+    def launched(configs: list[Config], *given: object, track: str) -> None:
+        asked.append(given)
+        raise UserError("enough")
+
+    monkeypatch.setattr(launch, "launch_all", launched)
+    assert fedkd("reproduce", "example/one", "--scale", "smoke", *words) == 2
+    assert asked == [expected]
+
+
+@pytest.mark.usefixtures("example")
+def test_what_an_engine_does_not_have_is_refused(fedkd: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is run."""
+    assert fedkd(*ONE, "--cpus-per-node", "1") == 2
+    assert "need --engine simulation" in capsys.readouterr().err
+    assert fedkd(*ONE, "--engine", "deployment") == 2
+    assert "'deployment' is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("example")
+def test_a_table_is_the_same_on_both_engines(fedkd: Run, tmp_path: Path) -> None:
+    """Digests, tables and differences, byte for byte."""
+    words = ["reproduce", "example/one", "--scale", "smoke", "--seeds", "1", "--set", "run.rounds=2"]
+    assert fedkd(*words, "--jobs", "1", "--out", "here") == 0
+    assert fedkd(*words, "--engine", "simulation", "--nodes", "2", "--out", "there") == 0
+    for name in ("runs.csv", "table.csv", "table.md", "differences.csv"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
 def test_signs_are_what_latex_prints() -> None:
     """In text of its old encoding ``<`` is an inverted exclamation mark, and the others are commands."""
     cells = [reproduce._cell("p", value, float("nan")) for value in (0.0004, 0.05)]
