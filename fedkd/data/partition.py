@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from flwr_datasets import partitioner as flower
 
 Integers = npt.NDArray[np.int64]
-DRAWS = 990
-"""From so many draws flwr-datasets' Dirichlet split is chosen: 90 partitioners, each of which gives up after 11."""
+DRAWS = 330
+"""From so many draws flwr-datasets' Dirichlet split is chosen: 30 partitioners, each of which gives up after 11."""
 _DRAWS_OF_ONE = 11
 
 
