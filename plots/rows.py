@@ -33,8 +33,7 @@ def rows(
     Args:
         values: a line per row and seed: ``row`` (its label), ``method``, ``control`` (whether it is one), ``line``
             (whether its mean is a line through all rows), ``at`` (the step of what was varied; empty: none),
-            ``published`` (mean, or mean ± deviation, as text; empty: none), ``seed`` and ``value``.  Where only the
-            mean over seeds is known, one line with it, and with the ``deviation``; elsewhere that is NaN.
+            ``published`` (mean, or mean ± deviation, as text; empty: none), ``seed`` and ``value``.
         measure: what the values are, with their unit.
         over: what was varied, which stands before each step of it; empty: the steps say it.
         from_zero: whether the axis begins at 0, where only ratios compare.
@@ -85,24 +84,19 @@ def _draw(figure: style.CaptionedFigure, axes: Axes, part: pd.DataFrame, middle:
     first, seeds = part.iloc[0], part["value"].to_numpy(dtype=float)
     published, spread = number(first["published"])
     mean, deviation = over_seeds(seeds)
-    known = bool(first["deviation"] == first["deviation"])
-    if known:
-        deviation = float(first["deviation"])
     colour = style.GREY if first["control"] else style.colour(first["method"])
-    top = middle - _APART if first["published"] else middle - 0.5 * _APART * (not known)
+    top = middle - _APART if first["published"] else middle - 0.5 * _APART
     bars: dict[str, Any] = {"color": colour, "elinewidth": 0.9, "capsize": 1.5, "capthick": 0.9}
     marker = style.line(first["method"])["marker"]
     axes.errorbar(mean, top, xerr=None if np.isnan(deviation) else deviation, fmt=marker, markersize=3.6, **bars)
-    if not known:
-        axes.plot(seeds, [top + _APART] * len(seeds), color=colour, zorder=3, **_SEED)
+    axes.plot(seeds, [top + _APART] * len(seeds), color=colour, zorder=3, **_SEED)
     if first["published"]:
         error = None if np.isnan(spread) else spread
         hollow: dict[str, Any] = {"fmt": "D", "markersize": 3.4, "markerfacecolor": "white", "markeredgewidth": 0.9}
         axes.errorbar(published, middle + _APART, xerr=error, **hollow, **bars)
     label = f"{first['row']}, {first['at']}" if first["at"] else first["row"]
-    counts = {} if known else {"seeds": len(seeds)}
     noted = {"x": mean, "deviation": deviation, "published": published, "published_deviation": spread}
-    figure.note("rows", label, **noted, **counts)
+    figure.note("rows", label, **noted, seeds=len(seeds))
 
 
 def number(published: str) -> tuple[float, float]:
@@ -134,8 +128,7 @@ def _legend(figure: style.CaptionedFigure, values: pd.DataFrame, published: str)
     handles = {"mean over seeds": Line2D([], [], marker="o", **plain)}
     if not values["control"].all() and values["control"].any():
         handles["control"] = Line2D([], [], marker="o", **plain | {"color": style.GREY})
-    if values["deviation"].isna().any():
-        handles["one seed"] = Line2D([], [], color="black", **_SEED)
+    handles["one seed"] = Line2D([], [], color="black", **_SEED)
     if values["published"].any():
         handles[published] = Line2D([], [], marker="D", markerfacecolor="white", **plain)
     for row, method in values.loc[values["line"], ["row", "method"]].drop_duplicates().itertuples(index=False):
@@ -144,13 +137,11 @@ def _legend(figure: style.CaptionedFigure, values: pd.DataFrame, published: str)
 
 
 def _caption(values: pd.DataFrame, each: list[pd.DataFrame], lines: list[pd.DataFrame], measure: str) -> str:
-    counts = {str(part["row"].iloc[0]): len(part) for part in each if part["deviation"].isna().all()}
-    seeds = f" ({describe_seeds(counts)})" if counts else ""
+    seeds = describe_seeds({str(part["row"].iloc[0]): len(part) for part in each})
     means = dict.fromkeys(part["row"].iloc[0] for part in lines)
-    drawn = [f"Rows of the table: {measure}. Filled: mean over seeds{seeds}, a shape per method, controls in grey."]
+    drawn = [f"Rows of the table: {measure}. Filled: mean over seeds ({seeds}), a shape per method, controls in grey."]
     drawn.append("Bars: plus and minus one sample standard deviation over seeds; a row of one seed has none.")
-    if counts:
-        drawn.append("Small dots: the single seeds.")
+    drawn.append("Small dots: the single seeds.")
     if values["published"].any():
         drawn.append("Hollow diamonds: the published value, with its ± as published, where there is one.")
     if means:

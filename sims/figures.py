@@ -5,8 +5,7 @@
 figure by round.  What the page says of them stays to be read again.
 
 ``docs/results/runs/NAME.csv`` holds what ``runs.csv`` of the table on the page ``docs/results/NAME.md`` holds, as far
-as it is on record; where what published values are compared with is known as means over seeds only, those are in
-``NAME-COLUMN.csv``.
+as it is on record.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ def pages(docs: Path = DOCS) -> dict[str, Path]:
     return found
 
 
-def committed(page: Path, column: str = "") -> pd.DataFrame:
-    """Return the numbers committed with a page: a line per row and seed, or the means of a column over seeds."""
-    name = f"{page.stem}-{column}" if column else page.stem
-    return pd.read_csv(page.parent / "runs" / f"{name}.csv", dtype={"digest": str})
+def committed(page: Path) -> pd.DataFrame:
+    """Return the numbers committed with a page, a line per row and seed."""
+    return pd.read_csv(page.parent / "runs" / f"{page.stem}.csv", dtype={"digest": str})
 
 
 def figures(name: str, page: Path) -> dict[str, style.CaptionedFigure]:
@@ -49,8 +47,7 @@ def figures(name: str, page: Path) -> dict[str, style.CaptionedFigure]:
         the figures by the names of their files.
     """
     experiment, made = Experiment.read(name, SCALES[1]), committed(page)
-    shown = made if experiment.compared in made else committed(page, experiment.compared)
-    drawn = {f"{page.stem}-rows": side_by_side(experiment, shown)}
+    drawn = {f"{page.stem}-rows": side_by_side(experiment, made)}
     return drawn | ({page.stem: over(experiment, made)} if experiment.over else {})
 
 

@@ -554,8 +554,7 @@ def side_by_side(experiment: Experiment, made: pd.DataFrame, column: str = "") -
 
     Args:
         experiment: the table.
-        made: a line per row and seed with the columns ``row`` (its name) and ``seed``, as of :func:`digests`, or a line
-            per row that has only the mean over seeds, with ``<column>_std`` beside it, as of ``table.csv``.
+        made: a line per row and seed with the columns ``row`` (its name) and ``seed``, as of :func:`digests`.
         column: what is drawn; empty: what published values are compared with.  Those stand beside that alone.
     """
     import pandas as pd
@@ -574,9 +573,8 @@ def side_by_side(experiment: Experiment, made: pd.DataFrame, column: str = "") -
                 "line": row.line in lines,
                 "at": row.at,
                 "published": row.published if column == experiment.compared else "",
-                "seed": line.get("seed"),
+                "seed": line["seed"],
                 "value": line[column],
-                "deviation": line.get(f"{column}_std", float("nan")),
             }
             for line in made.to_dict("records")
             for row in [by_name[line["row"]]]

@@ -202,11 +202,8 @@ def test_a_figure_is_drawn_from_the_numbers(name: str) -> None:
     made = figures.committed(page)
     measured = [row for row in experiment.rows if row.name in set(made["row"])]
     assert [f"{value:.2f}" for value in published] == [row.published[:5] for row in measured if row.published]
-    if experiment.compared in made:
-        for row in measured:
-            assert drawn.loc[row.label, "x"] == pytest.approx(
-                made.loc[made["row"] == row.name, experiment.compared].mean()
-            )
+    for row in measured:
+        assert drawn.loc[row.label, "x"] == pytest.approx(made.loc[made["row"] == row.name, experiment.compared].mean())
 
 
 @pytest.mark.slow
@@ -218,17 +215,6 @@ def test_a_committed_figure_is_what_is_drawn_now(name: str, tmp_path: Path) -> N
         with Image.open(now) as mine, Image.open(PAGES.parent / "figures" / now.name) as theirs:
             one, other = (image.convert("RGB").reduce(COARSENESS) for image in (mine, theirs))
         assert distance(one, other) < TOLERANCE
-
-
-@pytest.mark.slow
-def test_times_are_those_of_the_page() -> None:
-    """Their means alone are on record."""
-    page = figures.pages(PAGES.parent)["fedgen/table3"]
-    cells = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    head = next(number for number, line in enumerate(cells) if "milliseconds" in line)
-    made = figures.committed(page, "milliseconds")
-    texts = [f"{line['milliseconds']:.2f} ± {line['milliseconds_std']:.2f}" for line in made.to_dict("records")]
-    assert texts == [line[cells[head].index("milliseconds")] for line in cells[head + 2 : head + 2 + len(made)]]
 
 
 @pytest.mark.slow
