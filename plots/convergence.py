@@ -70,8 +70,8 @@ def convergence(
             first, ``weighted`` by each client's test images, or the mean over the worst tenth of the clients at each
             round.
         targets: accuracies in [0, 1] to mark; the caption says who reaches them when.
-        settled: whether the vertical axis begins near the lowest mean after the first fifth, so that what rises steeply
-            at first and lies close together afterwards can be told apart.
+        settled: whether the vertical axis begins near the lowest mean after the first fifth of the horizontal one, and
+            ends near the top, so that what rises steeply at first and lies close together afterwards can be told apart.
 
     Returns:
         a figure as wide as one column.
@@ -105,8 +105,9 @@ def convergence(
     style.percent(axes)
     if settled:
         means = [values.mean(axis=0)[x >= x[0] + 0.2 * (x[-1] - x[0])] for _, x, values in curves]
-        lowest, highest = min(float(mean.min()) for mean in means), axes.get_ylim()[1]
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest - 0.05 * (highest - lowest)))
+        lowest, highest = min(float(mean.min()) for mean in means), axes.dataLim.y1
+        margin = 0.05 * (highest - lowest)
+        axes.set_ylim(max(axes.get_ylim()[0], lowest - margin), min(highest + margin, axes.get_ylim()[1]))
     low, high = axes.get_ylim()
     place, letter = float("-inf"), 0.065 * (high - low)
     for target in sorted(targets):

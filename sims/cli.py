@@ -396,11 +396,11 @@ def reproduce(
         folder,
         jobs or default_nodes(),
         beside,
-        track or "",
-        engine.value,
-        nodes,
-        cpus_per_node,
-        gpus_per_node,
+        track=track or "",
+        engine=engine.value,
+        nodes=nodes,
+        cpus=cpus_per_node,
+        gpus=gpus_per_node,
     )
     files = tables.write(experiment, runs, folder)
     out_console.print(f"{experiment.title} (scale {scale})", soft_wrap=True, highlight=False, markup=False)

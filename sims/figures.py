@@ -60,27 +60,31 @@ def take(name: str, folder: Path, docs: Path = DOCS) -> None:
         docs: whose ``results`` the page is one of.
 
     Raises:
-        UserError: the folder has no such tables, or the page has not the same ones, each once.
+        UserError: the folder has no such tables or figure, or the page has not the same tables, each once.
     """
     page = docs / "results" / f"{name}.md"
+    (experiment,) = (Experiment.read(known, SCALES[1]) for known, path in pages(docs).items() if path == page)
+    drawn = docs / "figures" / f"{name}.png"
     try:
         text, made = page.read_text(encoding="utf-8"), pd.read_csv(folder / "runs.csv")
         written = (folder / "table.md").read_text(encoding="utf-8")
+        by_round = f"(../figures/{drawn.name})" in text and not experiment.over
+        figure = "newcomers" if experiment.adapt_epochs else "convergence"
+        picture = (folder / f"{figure}.png").read_bytes() if by_round else b""
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; a folder of `fedkd reproduce` is wanted") from error
-    (experiment,) = (Experiment.read(known, SCALES[1]) for known, path in pages(docs).items() if path == page)
     wanted = dict.fromkeys(["row", "seed", "last", experiment.compared, "reached", "digest"])
-    made = made[[name for name in wanted if name in made]].assign(digest=made["digest"].str[:8])
-    for table in [*_TABLE.findall(written), _by_seed(experiment, made, experiment.score)]:
+    made = made[[column for column in wanted if column in made]].assign(digest=made["digest"].str[:8])
+    made = made.astype({"reached": "Int64"} if "reached" in made else {})
+    for table in [*_TABLE.findall(written), _by_seed(experiment, made, experiment.counted)]:
         head = "|".join(table.split("|")[:3])  # what its first two columns are called
         found = [other for other in _TABLE.findall(text) if other.startswith(head)]
         if len(found) != 1:
             raise UserError(f"{page}: has {len(found)} tables that begin with `{head}|`, and one is to be replaced")
         text = text.replace(found[0], table)
     page.write_text(text, encoding="utf-8")
-    if f"(../figures/{name}.png)" in text and not experiment.over:
-        drawn = "newcomers" if experiment.adapt_epochs else "convergence"
-        shutil.copyfile(folder / f"{drawn}.png", docs / "figures" / f"{name}.png")
+    if by_round:
+        drawn.write_bytes(picture)
     made.to_csv(page.parent / "runs" / f"{name}.csv", index=False, float_format="%.2f")
 
 

@@ -21,7 +21,7 @@ from sims.follow import Figures, Follower, alongside
 INTERVAL, LINE_EVERY = 0.3, 10.0
 MOST_BARS = 12
 """From more runs than this on, only those that are running have a bar."""
-WIDE = 110
+WIDE = 125
 """Columns that bar, times and figures in words take beside the name of a run; narrower consoles get a table."""
 
 

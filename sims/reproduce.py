@@ -91,7 +91,7 @@ class Experiment:
         over_label: what is varied then, in figures.
         seeds: those that are run where no others are asked for.
         target: an accuracy in %, for which the table says in which round each row reaches it first; 0: for none.
-        curves: names of the rows that are drawn round by round; empty: all.
+        curves: names of the rows that are drawn round by round, and client by client; empty: all.
         published_of: what published values are of where that is not what this scale makes; empty: the same.
         not_measured: why the project has no results of it; empty: it has.
     """
@@ -151,17 +151,19 @@ class Experiment:
             seeds=raw.get("seeds", cls.seeds),
             target=raw.get("target", cls.target),
             curves=raw.get("curves", cls.curves),
-            published_of=raw.get("published-of", {}).get(scale, "full size" if scale == SCALES[0] else ""),
+            published_of=raw.get("published-of", {}).get(
+                scale, "full size" if published and scale == SCALES[0] else ""
+            ),
             not_measured=raw.get("not-measured", ""),
         )
 
     @property
     def compared(self) -> str:
-        """What a published value is compared with: ``milliseconds``, or what :attr:`score` is."""
-        return "milliseconds" if "milliseconds" in self.log else self.score
+        """What a published value is compared with: ``milliseconds``, or what :attr:`counted` is."""
+        return "milliseconds" if "milliseconds" in self.log else self.counted
 
     @property
-    def score(self) -> str:
+    def counted(self) -> str:
         """Which accuracy of a run is the one that counts: ``last``, ``best`` or ``best_K``, of K rounds."""
         return {0: "last", 1: "best"}.get(self.best_rounds, f"best_{self.best_rounds}")
 
@@ -392,7 +394,8 @@ def _reached(experiment: Experiment, row: Row, runs: Runs) -> list[float]:
     from fedkd.metrics import by_round, rounds_to
 
     curves = [by_round(run.evaluations, row.score)[experiment.metric] for run in runs[row.name]]
-    return [float(rounds_to(curve, experiment.target / 100) or "nan") for curve in curves]
+    first = [rounds_to(curve, experiment.target / 100) for curve in curves]
+    return [float("nan") if number is None else float(number) for number in first]
 
 
 def table(experiment: Experiment, runs: Runs) -> pd.DataFrame:
@@ -511,7 +514,7 @@ def _best_of(experiment: Experiment) -> str:
 
 def _rounds_to(experiment: Experiment) -> str:
     """Name the round that first has the accuracy that is asked for."""
-    return f"rounds to {experiment.target:g} %"
+    return f"{experiment.step}s to {experiment.target:g} %"
 
 
 def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
@@ -536,7 +539,7 @@ def digests(experiment: Experiment, runs: Runs) -> pd.DataFrame:
         for run, curve, reached in zip(
             runs[row.name],
             _curves(experiment, row, runs),
-            _reached(experiment, row, runs) if experiment.target else runs[row.name],
+            _reached(experiment, row, runs),
             strict=True,
         )
     )
@@ -623,7 +626,7 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
         path.write_text(content, encoding="utf-8")
     own = [(row, run) for row in experiment.rows if row.runs == row.name for run in runs[row.name]]
     trained = [(row, run) for row, run in own if not (experiment.adapt_epochs and row.method == "local")]
-    drawn = [Run(run.folder, row.label) for row, run in trained if row.name in (experiment.curves or row.name)]
+    drawn = [Run(run.folder, row.label) for row, run in trained if _is_drawn(experiment, row)]
     if experiment.over:
         figures = {"over": over(experiment, made)}
     else:
@@ -644,11 +647,16 @@ def write(experiment: Experiment, runs: Runs, out: Path) -> list[Path]:
     return list(files)
 
 
+def _is_drawn(experiment: Experiment, row: Row) -> bool:
+    """Return whether a row is drawn round by round and client by client."""
+    return not experiment.curves or row.name in experiment.curves
+
+
 def _targets(experiment: Experiment) -> list[float]:
     """Return the published accuracies in [0, 1] of what is drawn round by round, if they are few enough to read."""
     from plots.rows import number
 
-    shown = [row for row in experiment.rows if row.published and row.name in (experiment.curves or row.name)]
+    shown = [row for row in experiment.rows if row.published and _is_drawn(experiment, row)]
     found = sorted({number(row.published)[0] / 100 for row in shown})
     of_rounds = not (experiment.over or experiment.adapt_epochs) and experiment.compared != "milliseconds"
     return found if of_rounds and len(found) <= 3 else []
@@ -713,7 +721,7 @@ def _text(experiment: Experiment, frame: pd.DataFrame) -> list[list[str]]:
         hidden.add("of")
     headings = _HEADINGS | {
         "last": f"last {experiment.step}",
-        "best": _best_of(experiment) if experiment.best_rounds else f"best {experiment.step}",
+        "best": _best_of(experiment),
         "tail": f"last {experiment.last_rounds} {experiment.step}s",
         "reached": _rounds_to(experiment),
         "published": f"published ({experiment.published_of})" if experiment.published_of else "published",

@@ -654,7 +654,7 @@ def test_the_round_that_first_has_an_accuracy_is_compared_where_every_seed_has_i
     one = Experiment.read("example/one", "smoke")
     made = reproduce.reproduce(one, {}, [1, 2], tmp_path, jobs=1)
     curves = {row: [_curve(tmp_path / f"{row}-s{n}", "personal") for n in (1, 2)] for row in ("after", "mixed")}
-    target = float(min(curve.max() for row in curves.values() for curve in row))
+    target = float(min(curve.max() for row in curves.values() for curve in row)) - 1e-6  # past the rounding of %
     first = {row: [1 + int(np.argmax(curve >= target)) for curve in found] for row, found in curves.items()}
     aimed = dataclasses.replace(one, target=target)
     frame = reproduce.table(aimed, made).set_index("row")

@@ -174,7 +174,7 @@ def test_the_numbers_are_those_of_the_page(name: str) -> None:
     for line, (label, seed, value, digest) in zip(made.to_dict("records"), cells, strict=True):
         assert labels.get(label, line["row"]) == line["row"]  # some pages have shorter labels, in the same order
         assert line["seed"] == seed
-        assert line[experiment.score] == pytest.approx(value, abs=0.0051)
+        assert line[experiment.counted] == pytest.approx(value, abs=0.0051)
         assert line["digest"].startswith(digest)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -243,34 +244,42 @@ def test_the_progress_says_what_a_round_came_to(runs: list[Run]) -> None:
     assert "left" in line
 
 
-@pytest.mark.parametrize("width", [80, 100, 124, 200])
+@pytest.mark.parametrize(("width", "rounds"), [(80, 200), (100, 200), (136, 2000), (137, 2000), (200, 200)])
 def test_the_display_is_whole_on_ordinary_terminals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, rounds: int
 ) -> None:
     """Nothing is cut, and each run is a line: a table with headings where there is no room for a bar and words."""
     figures = [
-        {"loss": 12.345, "accuracy": 1.0, "worst_decile": 0.834, "bytes": 123e6, "clients": 100.0, "seconds": 7800.0},
+        {
+            "loss": 12.345,
+            "accuracy": 1.0,
+            "worst_decile": 0.834,
+            "bytes": 123e6,
+            "clients": 100.0,
+            "seconds": 7800.0 * rounds / 200,
+        },
         {"loss": 0.618, "accuracy": 0.912, "worst_decile": 0.071, "bytes": 1.23e9, "clients": 10.0, "seconds": 60.0},
     ]
     said = io.StringIO()
     where = Console(file=said, width=width, force_terminal=True, color_system=None)
-    watched = [Watched(tmp_path / label, label, 200) for label in ("fedgen-s1", "fedavg_ft-s3")]
+    watched = [Watched(tmp_path / label, label, rounds) for label in ("fedgen-s1", "fedavg_ft-s3")]
+    done, left = 120 * rounds // 200, timedelta(seconds=26 * rounds)
     for run, now in zip(watched, figures, strict=True):
         run.folder.mkdir()
         (run.folder / "config.toml").touch()
-        monkeypatch.setattr(run, "update", lambda run=run, now=now: vars(run).update(done=120, figures=now))
+        monkeypatch.setattr(run, "update", lambda run=run, now=now: vars(run).update(done=done, figures=now))
     (tmp_path / "later").mkdir()
-    with watching([*watched, Watched(tmp_path / "later", "local-s1", 200)], where):
+    with watching([*watched, Watched(tmp_path / "later", "local-s1", rounds)], where):
         pass
     *_, last = said.getvalue().replace("\x1b[?25h", "").split("\x1b[2K")
-    heading, *lines = last.splitlines() if width < 120 else ["", *last.splitlines()]
+    heading, *lines = last.splitlines() if width < 137 else ["", *last.splitlines()]
     assert max(map(len, [heading, *lines])) <= width
     assert "…" not in last
     figures_of = [
-        r"fedgen-s1 .*120/200 .*1:26:40 left .*12\.345 .*100\.0% .*83\.4% .*123 MB .*100\b",
-        r"fedavg_ft-s3 .*120/200 .*0:00:40 left .*0\.618 .*91\.2% .*7\.1% .*1\.23 GB .*10\b",
-        r"local-s1 .*0/200 .*waiting",
-        r".*240/600 .* left",
+        rf"fedgen-s1 .*{done}/{rounds} .*{left} left .*12\.345 .*100\.0% .*83\.4% .*123 MB .*100\b",
+        rf"fedavg_ft-s3 .*{done}/{rounds} .*0:00:40 left .*0\.618 .*91\.2% .*7\.1% .*1\.23 GB .*10\b",
+        rf"local-s1 .*0/{rounds} .*waiting",
+        rf".*{2 * done}/{3 * rounds} .* left",
     ]
     for expected, line in zip(figures_of, lines, strict=False):
         assert re.match(expected, line)

@@ -96,8 +96,8 @@ def _through_flwr_datasets(
     except ValueError as error:
         raise UserError(
             f"data.partition = '{config.partition}' does not come out for {clients} clients and {len(positions)} "
-            f"examples ({str(error).splitlines()[0].rstrip('.')}); take fewer clients or a smaller "
-            "data.classes-per-client"
+            f"examples ({str(error).splitlines()[0].rstrip('.')}); take fewer clients"
+            f"{' or a smaller data.classes-per-client' * (config.partition == 'pathological')}"
         ) from error
     if config.partition == "natural":
         parts.sort(key=lambda part: int(part["writer"][0]))
@@ -109,6 +109,9 @@ def _dirichlet(config: DataSection, rows: datasets.Dataset, clients: int, seed: 
 
     Its first partitioner has the run's seed, the n-th further one the first 64-bit word of
     ``SeedSequence([seed, n])``: what comes out at once is flwr-datasets' own split of this seed.
+
+    Raises:
+        UserError: there are too few examples, or no draw gives each client enough.
     """
     from flwr_datasets import partitioner as flower
 
