@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from fedkd.errors import UserError
+from fedkd.errors import UserError, nearest
 from plots import style
 from sims.reproduce import SCALES, Experiment, over, side_by_side
 
@@ -60,10 +60,14 @@ def take(name: str, folder: Path, docs: Path = DOCS) -> None:
         docs: whose ``results`` the page is one of.
 
     Raises:
-        UserError: the folder has no such tables or figure, or the page has not the same tables, each once.
+        UserError: there is no such page, the folder has no such tables or figure, or the page has not the same tables,
+            each once.
     """
     page = docs / "results" / f"{name}.md"
-    (experiment,) = (Experiment.read(known, SCALES[1]) for known, path in pages(docs).items() if path == page)
+    tables = {path.stem: table for table, path in pages(docs).items()}
+    if name not in tables:
+        raise UserError(f"no page of results '{name}'{nearest(name, tables)} (known: {', '.join(tables)})")
+    experiment = Experiment.read(tables[name], SCALES[1])
     drawn = docs / "figures" / f"{name}.png"
     try:
         text, made = page.read_text(encoding="utf-8"), pd.read_csv(folder / "runs.csv")

@@ -236,6 +236,8 @@ def test_results_are_taken_over_into_a_page(tmp_path: Path) -> None:
     made = pd.read_csv(PAGES / "runs" / "apfl-iid.csv", dtype={"digest": str})
     with pytest.raises(UserError, match=r"runs\.csv: No such file .* a folder of `fedkd reproduce` is wanted"):
         figures.take("apfl-iid", tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"no page of results 'apfl-idd'; did you mean 'apfl-iid'"):
+        figures.take("apfl-idd", tmp_path, tmp_path)
     head, values, *_ = tables = re.findall(r"^\| row \|(?: published| minus)(?:.*\n\|)+.*\n", before, re.MULTILINE)
     assert len(tables) == 2
     (tmp_path / "table.md").write_text("\n".join(tables), encoding="utf-8")
